@@ -1,0 +1,148 @@
+"""The command line: parse, call one function, print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from llavakd.config import DataConfig, EvaluationConfig, TeacherConfig, UserError, load_recipe
+from llavakd.progress import Interrupted, bar, say
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Distil a large vision-language model into a small one: dpt, sft, dft.",
+)
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Where the runs and the report go.")] = Path("quickstart"),
+) -> None:
+    """Run the three stages and their equal-step control on the built-in miniature world, on the CPU, and report."""
+    from llavakd.quickstart import run_quickstart
+
+    results = run_quickstart(out)
+    _print_results(results)
+    print(
+        f"\nReport: {out / 'report.html'}\nStudent: {out / 'dpt-sft-dft' / 'dft' / 'model'}\n"
+        "Next, with your own data: write it as LLaVA JSON, copy a file from recipes/, set student, teacher and data, and run\n"
+        "  llava-kd train my.yaml --out runs/mine"
+    )
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.key=value, stages by name")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME.")] = None,
+) -> None:
+    """Run or go on with the stages of RECIPE."""
+    from llavakd.pipeline import run_pipeline
+
+    loaded = load_recipe(recipe, overrides or [])
+    folder = out or Path("runs") / loaded.name
+    _print_results(run_pipeline(loaded, folder))
+    print(f"Report: {folder / 'report.html'}")  # noqa: T201
+
+
+@app.command()
+def shapes(
+    directory: Annotated[Path, typer.Argument(help="A new or empty folder.")],
+    scenes: Annotated[int, typer.Option(help="Train scenes.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Decides everything.")] = 0,
+    test_questions: Annotated[int, typer.Option(help="Rows of test.json.")] = 1000,
+    workers: Annotated[int, typer.Option(help="Processes that draw.")] = 1,
+) -> None:
+    """Write the built-in miniature world as a LLaVA-format folder."""
+    from llavakd.shapes import write_world
+
+    with bar("draw", scenes) as advance:
+        summary = write_world(
+            directory,
+            scenes=scenes,
+            seed=seed,
+            test_questions=test_questions,
+            workers=workers,
+            progress=lambda done, total: advance(done * scenes // total),
+        )
+    print(f"{directory}: {summary.pictures} pictures, rows {summary.rows}")  # noqa: T201
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A LLaVA folder in transformers form.")],
+    data: Annotated[Path, typer.Option(help="LLaVA-format questions; the last gpt turn is the truth.")],
+    images: Annotated[Path | None, typer.Option(help="Picture folder or zip.")] = None,
+    template: Annotated[str, typer.Option(help="pretrain, vicuna_v1 or chatml.")] = "vicuna_v1",
+    out: Annotated[Path, typer.Option(help="Where the predictions go.")] = Path("eval"),
+    batch_size: Annotated[int, typer.Option(help="Questions answered at once.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 128,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Answer a question file and score it by exact match."""
+    from llavakd.pipeline import evaluate_folder
+
+    row = evaluate_folder(
+        TeacherConfig(path=model, dtype="float32"),
+        DataConfig(path=str(data), images=str(images) if images else None, template=_template(template)),
+        EvaluationConfig(data="data", batch_size=batch_size, max_new_tokens=max_new_tokens),
+        out,
+    )
+    if as_json:
+        print(json.dumps(row))  # noqa: T201
+    else:
+        _print_results({"rows": [row]})
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    out: Annotated[Path | None, typer.Option(help="Where the report goes; default the first run.")] = None,
+) -> None:
+    """Write results.json, report.md and report.html from one or more runs."""
+    from llavakd.report import write_report
+
+    folder = out or runs[0]
+    write_report(runs, folder)
+    _print_results(json.loads((folder / "results.json").read_text(encoding="utf-8")))
+    print(f"Report: {folder / 'report.html'}")  # noqa: T201
+
+
+def _template(name: str) -> str:
+    from llavakd.data.chat import TEMPLATES
+
+    if name not in TEMPLATES:
+        raise UserError(f"--template: got {name!r}, expected one of {', '.join(TEMPLATES)}")
+    return name
+
+
+def _print_results(results: dict) -> None:
+    table = Table("model", "accuracy", "majority", "questions", "steps", "seconds")
+    for row in results["rows"]:
+        shown = [f"{row[key]:.1%}" if row.get(key) is not None else "-" for key in ("accuracy", "majority")]
+        counts = [f"{row[key]:.0f}" if row.get(key) is not None else "-" for key in ("n", "steps", "train_seconds")]
+        table.add_row(row["name"], *shown, *counts)
+    Console().print(table)
+
+
+def main() -> None:
+    """Entry point: the user's mistakes end with one message and exit code 1, an interrupted run with 130."""
+    try:
+        app()
+    except UserError as error:
+        say(f"error: {error}")
+        sys.exit(1)
+    except Interrupted as stop:
+        say(str(stop))
+        sys.exit(130)
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on from the last checkpoint")
+        sys.exit(130)

@@ -1,0 +1,127 @@
+"""Rows -> a padded `Batch`; pictures -> pixel values through the vision tower's own processor."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from llavakd.data.chat import IGNORE_INDEX, ChatRenderer, Rendered, Segment
+from llavakd.data.features import FeatureStore
+from llavakd.data.samples import Sample, read_image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """B rows padded on the right to T positions, and the P pictures in them, row by row and in order.
+
+    input_ids, attention_mask, labels: int64 [B, T]; labels[b, t] belongs to token t itself (unshifted), -100: none.
+    segments: uint8 [B, T], a Segment each.
+    pixel_values: float32 [P, 3, H, W], or None without pictures or with cached features.
+    features: the frozen tower's output [P, N, D_v], or None.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    segments: Tensor
+    image_rows: Tensor
+    pixel_values: Tensor | None = None
+    features: Tensor | None = None
+    sample_ids: tuple[str, ...] = ()
+    truncated: int = 0
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on `device`."""
+        moved = {
+            f.name: value.to(device, non_blocking=True)
+            for f in dataclasses.fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+    def pin_memory(self) -> Batch:
+        """Page-locked copy, for the data loader."""
+        pinned = {
+            f.name: value.pin_memory()
+            for f in dataclasses.fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return dataclasses.replace(self, **pinned)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One sample, rendered, with its pictures as pixels or features."""
+
+    id: str
+    text: Rendered
+    pixels: Tensor | None
+    features: Tensor | None
+
+
+class RowDataset(Dataset[Row]):
+    """Samples, rendered and with pictures loaded when asked for."""
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        renderer: ChatRenderer,
+        *,
+        images: str | None,
+        image_processor: Any,
+        store: FeatureStore | None = None,
+    ) -> None:
+        self.samples = samples
+        self.renderer = renderer
+        self.images = images or ""
+        self.image_processor = image_processor
+        self.store = store
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Row:
+        sample = self.samples[index]
+        pixels = features = None
+        if sample.images and self.store is not None:
+            features = self.store.get(sample.images)
+        elif sample.images:
+            pixels = load_pixels(self.images, sample.images, self.image_processor)
+        return Row(id=sample.id, text=self.renderer.render(sample), pixels=pixels, features=features)
+
+
+def load_pixels(images: str, names: Sequence[str], image_processor: Any) -> Tensor:
+    """Pictures of one folder -> float32 [len(names), 3, H, W]."""
+    pictures = [read_image(images, name) for name in names]
+    return image_processor(images=pictures, return_tensors="pt").pixel_values
+
+
+def collate(rows: Sequence[Row], *, pad_token_id: int) -> Batch:
+    """Pad on the right; padding is made from lengths, so a pad id equal to the end token loses nothing."""
+    length = max(len(row.text.ids) for row in rows)
+
+    def padded(lists: list[list[int]], fill: int, dtype: torch.dtype) -> Tensor:
+        return torch.tensor([values + [fill] * (length - len(values)) for values in lists], dtype=dtype)
+
+    segments = padded([row.text.segments for row in rows], Segment.PADDING, torch.uint8)
+    pictures = [row.pixels if row.pixels is not None else row.features for row in rows]
+    image_rows = [index for index, tensor in enumerate(pictures) if tensor is not None for _ in range(len(tensor))]
+    pixels = [row.pixels for row in rows if row.pixels is not None]
+    features = [row.features for row in rows if row.features is not None]
+    return Batch(
+        input_ids=padded([row.text.ids for row in rows], pad_token_id, torch.int64),
+        attention_mask=(segments != Segment.PADDING).long(),
+        labels=padded([row.text.labels for row in rows], IGNORE_INDEX, torch.int64),
+        segments=segments,
+        image_rows=torch.tensor(image_rows, dtype=torch.int64),
+        pixel_values=torch.cat(pixels) if pixels else None,
+        features=torch.cat(features) if features else None,
+        sample_ids=tuple(row.id for row in rows),
+        truncated=sum(row.text.truncated for row in rows),
+    )

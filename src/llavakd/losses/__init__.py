@@ -1,0 +1,7 @@
+"""Distillation losses over rows of hidden states; they return weighted sums and know nothing of models or data."""
+
+from llavakd.losses.objective import Counts, Objective, count, objective
+from llavakd.losses.relation import gram, relation_distance
+from llavakd.losses.rows import RowLosses, distill_rows
+
+__all__ = ["Counts", "Objective", "RowLosses", "count", "distill_rows", "gram", "objective", "relation_distance"]

@@ -1,0 +1,154 @@
+"""Segments, weights and counts -> one scalar and its parts: the only place that divides, and it divides once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llavakd.config import LossConfig
+from llavakd.losses.relation import relation_distance
+from llavakd.losses.rows import IGNORE_INDEX, distill_rows
+
+PARTS = ("ce", "response_kl", "visual_kl", "relation")
+
+
+class Counts(NamedTuple):
+    """What a global batch holds, over all its micro-batches and processes."""
+
+    samples: int
+    response_tokens: int
+    visual_tokens: int
+    images: int
+
+
+class Objective(NamedTuple):
+    """`total` is differentiable; `parts` are detached float32 scalars, already divided, before their weights."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+def count(labels: Tensor, visual: Tensor, image_rows: Tensor) -> Counts:
+    """Count one micro-batch (CPU tensors): labels [B, T], visual bool [B, T], image_rows [P]."""
+    return Counts(len(labels), int((labels[:, 1:] != IGNORE_INDEX).sum()), int(visual.sum()), len(image_rows))
+
+
+def objective(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | None,
+    *,
+    labels: Tensor,
+    visual: Tensor,
+    image_rows: Tensor,
+    losses: LossConfig,
+    reduction: str,
+    counts: Counts,
+    vocab_size: int | None = None,
+) -> Objective:
+    """This micro-batch's share of ce + a response_kl + b visual_kl + c relation (LLaVA-KD, section 3).
+
+    reduction "token": every part is a mean over the global batch's response tokens, visual tokens or pictures.
+    reduction "sample": a mean over all rows of the global batch of each row's own mean, which is what the released
+    trainer computes at micro-batch 1; a row without a picture adds nothing to visual_kl and relation, yet counts.
+
+    Args:
+        student_hidden: final hidden states [B, T, D_s].
+        student_head: [V_s, D_s].
+        teacher_hidden: [B, T, D_t], or None where nothing is distilled.
+        teacher_head: [V_t, D_t], or None.
+        labels: int64 [B, T], unshifted; the row that predicts labels[b, t] is position t - 1.
+        visual: bool [B, T], picture positions, taken as they are, unshifted.
+        image_rows: int64 [P], the row of each picture.
+        losses: weights and kind of divergence.
+        reduction: "sample" or "token".
+        counts: of the whole global batch.
+        vocab_size: ids shared with the teacher.
+    """
+    width = labels.shape[1]
+    response = (labels[:, 1:] != IGNORE_INDEX).nonzero()  # (row, position that predicts)
+    seen = visual.nonzero()
+    response_weight, visual_weight = (
+        _weights(places, len(labels), reduction, counts.samples, tokens)
+        for places, tokens in ((response, counts.response_tokens), (seen, counts.visual_tokens))
+    )
+    places = torch.cat([response, seen])
+    flat = places[:, 0] * width + places[:, 1]
+    next_labels = labels[response[:, 0], response[:, 1] + 1]
+    rows = distill_rows(
+        student_hidden.flatten(0, 1)[flat],
+        student_head,
+        None if teacher_hidden is None else teacher_hidden.flatten(0, 1)[flat],
+        teacher_head,
+        torch.cat([next_labels, next_labels.new_full((len(seen),), IGNORE_INDEX)]),
+        ce_weight=torch.cat([losses.ce * response_weight, torch.zeros_like(visual_weight)]),
+        kl_weight=torch.cat([losses.response_kl * response_weight, losses.visual_kl * visual_weight]),
+        divergence=losses.divergence,
+        beta=losses.beta,
+        temperature=losses.temperature,
+        vocab_size=vocab_size,
+    )
+    total = rows.ce + rows.kl
+    parts = {"ce": (rows.ce_rows[: len(response)] * response_weight).sum()}
+    if teacher_hidden is not None and teacher_head is not None:
+        parts["response_kl"] = (rows.kl_rows[: len(response)] * response_weight).sum()
+        parts["visual_kl"] = (rows.kl_rows[len(response) :] * visual_weight).sum()
+        relation = _relation(
+            student_hidden,
+            student_head,
+            teacher_hidden,
+            teacher_head,
+            visual=visual,
+            image_rows=image_rows,
+            losses=losses,
+            reduction=reduction,
+            counts=counts,
+            vocab_size=vocab_size,
+        )
+        total = total + losses.relation * relation
+        parts["relation"] = relation.detach()
+    return Objective(total, parts)
+
+
+def _weights(places: Tensor, batch: int, reduction: str, samples: int, tokens: int) -> Tensor:
+    """float32 weight of each (row, position): 1 / tokens, or 1 / (samples * tokens of its own row)."""
+    if reduction == "token":
+        return torch.full((len(places),), 1 / max(tokens, 1), device=places.device)
+    per_row = torch.bincount(places[:, 0], minlength=batch)
+    return 1 / (samples * per_row[places[:, 0]].float())
+
+
+def _relation(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    *,
+    visual: Tensor,
+    image_rows: Tensor,
+    losses: LossConfig,
+    reduction: str,
+    counts: Counts,
+    vocab_size: int | None,
+) -> Tensor:
+    if not losses.relation or not len(image_rows):
+        return student_hidden.new_zeros((), dtype=torch.float32)
+    student, teacher = (
+        hidden[visual].unflatten(0, (len(image_rows), -1)) for hidden in (student_hidden, teacher_hidden)
+    )
+    distance = relation_distance(
+        student,
+        student_head,
+        teacher,
+        teacher_head,
+        vocab_size=vocab_size,
+        center=losses.relation_center,
+        row_normalize=losses.relation_row_normalize,
+    )
+    if reduction == "token":
+        return distance.sum() / counts.images
+    per_row = torch.bincount(image_rows)
+    return (distance / per_row[image_rows]).sum() / counts.samples

@@ -1,0 +1,59 @@
+"""What a person sees of long work, a bar on a terminal and plain lines elsewhere, and how they stop it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+_console = Console(stderr=True)
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the run can go on
+    """The person stopped a run; the message says how far it is saved and how to go on."""
+
+
+class Advance(Protocol):
+    """Moves a bar to `done` and shows `note` beside it."""
+
+    def __call__(self, done: int, note: str = "") -> None: ...
+
+
+def say(text: str) -> None:
+    """One line for the person who waits."""
+    _console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def bar(label: str, total: int, *, shown: bool = True) -> Iterator[Advance]:
+    """Progress over `total` steps; `shown=False` (other processes of a run) keeps silent."""
+    if not shown:
+        yield lambda done, note="": None
+    elif sys.stderr.isatty():
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=_console) as progress:
+            task = progress.add_task(label, total=total, note="")
+            yield lambda done, note="": progress.update(task, completed=done, note=note)
+    else:
+        last = time.monotonic()
+
+        def line(done: int, note: str = "") -> None:
+            nonlocal last
+            if done == total or time.monotonic() - last > _SECONDS_BETWEEN_LINES:
+                last = time.monotonic()
+                say(f"{label} {done}/{total} {note}")
+
+        yield line

@@ -1,0 +1,74 @@
+"""Scenes as 48x48 pictures."""
+
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from llavakd.shapes.scenes import SIDE, Scene
+
+CELL = 16
+"""Width and height of a cell in pixels."""
+
+JITTER = 2
+"""The most pixels by which a thing is off its cell's centre, each way."""
+
+NOISE = 0.05
+"""Standard deviation of the pixel noise, where black is 0 and white is 1."""
+
+GROUND = (128, 128, 128)
+RGB = {
+    "red": (220, 30, 30),
+    "green": (30, 165, 50),
+    "blue": (40, 70, 230),
+    "yellow": (240, 220, 40),
+    "white": (250, 250, 250),
+    "black": (10, 10, 10),
+}
+DIAMETER = {"small": 8, "big": 12}
+"""Pixels across a thing; a big one, jittered, just fits its cell."""
+
+Coordinates = NDArray[np.float64]
+
+# Each says which pixels belong to the shape, from their places right of and below its centre in half diameters.
+OUTLINES: dict[str, Callable[[Coordinates, Coordinates], NDArray[np.bool_]]] = {
+    "circle": lambda x, y: x**2 + y**2 <= 1,
+    "square": lambda x, y: np.maximum(abs(x), abs(y)) <= 1,
+    "triangle": lambda x, y: 2 * abs(x) <= y + 1,
+    "cross": lambda x, y: np.minimum(abs(x), abs(y)) <= 1 / 3,
+    "ring": lambda x, y: abs(x**2 + y**2 - 0.675) <= 0.325,
+}
+
+
+@cache
+def mask(shape: str, size: str) -> NDArray[np.bool_]:
+    """The pixels of a shape, [d, d] with the diameter d of the size; shared, so not to be written to."""
+    diameter = DIAMETER[size]
+    places = (2 * np.arange(diameter) + 1) / diameter - 1
+    pixels = OUTLINES[shape](places[None, :], places[:, None])
+    pixels.flags.writeable = False
+    return pixels
+
+
+def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
+    """Draw a scene.
+
+    Args:
+        scene: What to draw.
+        rng: Decides the jitter of each thing and the noise of each pixel.
+
+    Returns:
+        An RGB picture, 48x48 pixels.
+    """
+    canvas = np.empty((SIDE * CELL, SIDE * CELL, 3), dtype=np.float32)
+    canvas[:] = GROUND
+    jitter = rng.integers(-JITTER, JITTER + 1, (len(scene.things), 2)).tolist()
+    for thing, (down, along) in zip(scene.things, jitter, strict=True):
+        pixels = mask(thing.shape, thing.size)
+        margin = (CELL - len(pixels)) // 2
+        top, left = thing.row * CELL + margin + down, thing.column * CELL + margin + along
+        canvas[top : top + len(pixels), left : left + len(pixels)][pixels] = RGB[thing.color]
+    canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * (255 * NOISE)
+    return Image.fromarray(canvas.round().clip(0, 255).astype(np.uint8))

@@ -1,0 +1,123 @@
+"""Whole or absent: checkpoints written beside their place and renamed into it, with a manifest that proves them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llavakd.config import UserError
+from llavakd.progress import say
+
+_MANIFEST = "manifest.json"
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write into a fresh folder and move it to `folder` in one rename, replacing what stood there."""
+    partial = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    fill(partial)
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    for path in files:
+        _flush(path)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    _flush(folder.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file in one rename."""
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    _flush(partial)
+    partial.replace(path)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_checkpoint(
+    folder: Path, *, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    """Write FOLDER/step-N: the tensors that learn, the optimiser, `state` (with its `step`), and a manifest."""
+
+    def fill(partial: Path) -> None:
+        save_file(_learning(module), str(partial / "learning.safetensors"))
+        torch.save({"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}, partial / "optimizer.pt")
+        (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        digests = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
+        (partial / _MANIFEST).write_text(json.dumps(digests), encoding="utf-8")
+
+    write_folder(folder / f"step-{state['step']}", fill)
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint whose every file matches its manifest; torn ones are named and passed over."""
+    for path in sorted(folder.glob("step-*"), key=_step_of, reverse=True):
+        if _is_whole(path):
+            return path
+        say(f"checkpoint {path} is torn; using the one before it")
+    return None
+
+
+def load_checkpoint(path: Path, *, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Restore what `save_checkpoint` wrote, strictly, and return its `state`."""
+    stored, present = load_file(str(path / "learning.safetensors")), _learning(module)
+    if stored.keys() != present.keys():
+        names = sorted(stored.keys() ^ present.keys())
+        raise UserError(
+            f"checkpoint {path} does not fit the model: {len(names)} tensors differ, first {names[0]!r}; "
+            "use a new --out for another model"
+        )
+    with torch.no_grad():
+        for name, tensor in present.items():
+            tensor.copy_(stored[name])
+    rest = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")
+    optimizer.load_state_dict(rest["optimizer"])
+    torch.set_rng_state(rest["rng"])
+    return json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+
+def prune(folder: Path, *, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints and what an interrupted write left."""
+    for path in sorted(folder.glob("step-*"), key=_step_of, reverse=True)[keep:]:
+        shutil.rmtree(path)
+    for path in folder.glob(".partial-*"):
+        shutil.rmtree(path)
+
+
+def _learning(module: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.data for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        digests = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        return bool(digests) and all(file_digest(path / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

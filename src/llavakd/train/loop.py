@@ -1,0 +1,250 @@
+"""The loop of one stage: data in order, step, log, checkpoint, and a clean stop on Ctrl-C."""
+
+from __future__ import annotations
+
+import functools
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from llavakd.config import Recipe, UserError
+from llavakd.data.collate import Batch, RowDataset, collate
+from llavakd.data.sampler import MicroBatches, Shard, word_lengths
+from llavakd.progress import Interrupted, bar, say
+from llavakd.train.checkpoint import load_checkpoint, newest_whole, prune, save_checkpoint
+from llavakd.train.optim import learning_rate, set_learning_rate
+from llavakd.train.step import StepResult, TrainState, train_step
+
+
+@dataclass
+class Progress:
+    """What a checkpoint remembers beside weights; sums over all sittings of the stage."""
+
+    step: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    truncated: int = 0
+
+
+@dataclass
+class Window:
+    """Means over the steps since the last line of metrics.jsonl."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    steps: int = 0
+    tokens: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, result: StepResult) -> None:
+        """Take one step in; nothing is read off the device."""
+        for name, value in {"loss": result.loss, **result.parts, "grad_norm": result.grad_norm}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.float()
+        self.steps += 1
+        self.tokens += result.tokens
+
+    def means(self) -> dict[str, float]:
+        """Means by name, and tokens per second."""
+        seconds = time.perf_counter() - self.started
+        return {name: float(value) / self.steps for name, value in self.sums.items()} | {
+            "tokens_per_s": self.tokens / seconds
+        }
+
+
+def total_steps(rows: int, global_batch_size: int, epochs: float, source: str) -> int:
+    """Optimiser steps of a stage: whole global batches only, at least one; raises UserError where there is none."""
+    per_epoch = rows // global_batch_size
+    if not per_epoch:
+        raise UserError(
+            f"data source {source!r} has {rows} rows, fewer than global_batch_size {global_batch_size}; lower it"
+        )
+    return max(1, round(per_epoch * epochs))
+
+
+def run_stage(state: TrainState, dataset: RowDataset, recipe: Recipe, folder: Path) -> Progress:
+    """Train one stage to its end, going on from its newest whole checkpoint.
+
+    Raises:
+        Interrupted: after Ctrl-C or SIGTERM, once the step in progress is saved.
+    """
+    stage, accelerator = state.stage, state.accelerator
+    steps = total_steps(len(dataset), stage.global_batch_size, stage.epochs, stage.data)
+    progress = _restore(state, folder)
+    shard = shard_of(recipe, stage.name, rank=accelerator.process_index, world_size=accelerator.num_processes)
+    accumulation = stage.global_batch_size // (shard.micro_batch_size * shard.world_size)
+    main = accelerator.is_main_process
+    if main:
+        say(
+            f"stage {stage.name}: {steps} steps of {stage.global_batch_size} rows = {shard.world_size} processes x "
+            f"{shard.micro_batch_size} rows x {accumulation} accumulated; {len(dataset)} rows, "
+            f"{len(dataset) % stage.global_batch_size} left out of each epoch"
+            + (f"; resuming after step {progress.step}" if progress.step else "")
+        )
+        _drop_later_metrics(folder / "metrics.jsonl", progress.step)
+    batches = _batches(dataset, recipe, state, shard, progress.step, steps)
+    window, started, before = Window(), time.perf_counter(), progress.seconds
+    with bar(stage.name, steps, shown=main) as advance, _stop_signals() as stopped:
+        while progress.step < steps:
+            set_learning_rate(state.optimizer, rate := learning_rate(progress.step, steps=steps, stage=stage))
+            result = train_step(state, [next(batches) for _ in range(accumulation)], step=progress.step)
+            progress.step += 1
+            progress.tokens += result.tokens
+            progress.truncated += result.truncated
+            progress.seconds = before + time.perf_counter() - started
+            window.add(result)
+            if progress.step % recipe.log_every == 0 or progress.step == steps:
+                means = window.means()
+                window = Window()
+                if main:
+                    _log(folder, accelerator, stage.name, progress, rate, means)
+                advance(progress.step, f"loss {means['loss']:.3f}")
+            stopping = _any_rank(accelerator, bool(stopped))
+            if stopping or progress.step % recipe.save_every == 0 or progress.step == steps:
+                _save(state, folder, progress)
+            if stopping and progress.step < steps:
+                raise Interrupted(
+                    f"stage {stage.name} stopped after step {progress.step} of {steps}; "
+                    "the same command goes on from there"
+                )
+    return progress
+
+
+def shard_of(recipe: Recipe, stage_name: str, *, rank: int, world_size: int) -> Shard:
+    """This process's share of a global batch; raises UserError where it does not divide."""
+    stage = recipe.stage(stage_name)
+    micro = stage.micro_batch_size or max(1, stage.global_batch_size // world_size)
+    if stage.global_batch_size % (micro * world_size):
+        raise UserError(
+            f"stage {stage_name}: global_batch_size {stage.global_batch_size} is not a multiple of {world_size} "
+            f"processes x micro_batch_size {micro}; change one of them"
+        )
+    return Shard(rank=rank, world_size=world_size, micro_batch_size=micro)
+
+
+def _batches(
+    dataset: RowDataset, recipe: Recipe, state: TrainState, shard: Shard, start: int, steps: int
+) -> Iterator[Batch]:
+    sampler = MicroBatches(
+        word_lengths(dataset.samples),
+        global_batch_size=state.stage.global_batch_size,
+        grouping=state.stage.grouping,
+        seed=recipe.seed,
+        shard=shard,
+        start=start,
+        steps=steps,
+    )
+    # A generator of its own: drawing worker seeds must not move the training's random state.
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=recipe.workers,
+        generator=torch.Generator().manual_seed(recipe.seed),
+        collate_fn=functools.partial(collate, pad_token_id=state.student.tokenizer.pad_token_id),
+        pin_memory=state.accelerator.device.type == "cuda",
+        worker_init_fn=_ignore_interrupt,
+    )
+    return iter(loader)
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches the whole process group; only the main process acts on it, and it still needs its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _any_rank(accelerator: Any, flag: bool) -> bool:
+    """Whether any process raised its flag: all must stop after the same step."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(reduce(torch.tensor(int(flag), device=accelerator.device), "sum").item())
+
+
+def _restore(state: TrainState, folder: Path) -> Progress:
+    found = newest_whole(folder / "checkpoints")
+    if found is None:
+        return Progress()
+    module = state.accelerator.unwrap_model(state.module)
+    return Progress(**load_checkpoint(found, module=module, optimizer=state.optimizer))
+
+
+def _save(state: TrainState, folder: Path, progress: Progress) -> None:
+    if state.accelerator.is_main_process:
+        checkpoints = folder / "checkpoints"
+        save_checkpoint(
+            checkpoints,
+            module=state.accelerator.unwrap_model(state.module),
+            optimizer=state.optimizer,
+            state=vars(progress),
+        )
+        prune(checkpoints, keep=2)
+    state.accelerator.wait_for_everyone()
+
+
+def _log(folder: Path, accelerator: Any, stage: str, progress: Progress, rate: float, means: dict[str, float]) -> None:
+    memory = torch.cuda.max_memory_allocated() / 2**30 if accelerator.device.type == "cuda" else _resident_gib()
+    line = {
+        "stage": stage,
+        "step": progress.step,
+        **means,
+        "lr": rate,
+        "memory_gib": memory,
+        "truncated": progress.truncated,
+    }
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(
+            json.dumps({key: round(value, 8) if isinstance(value, float) else value for key, value in line.items()})
+            + "\n"
+        )
+    accelerator.log(
+        {f"{stage}/{key}": value for key, value in line.items() if key not in ("stage", "step")}, step=progress.step
+    )
+
+
+def _resident_gib() -> float:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _drop_later_metrics(path: Path, step: int) -> None:
+    """A killed sitting may have logged past its last checkpoint, and its last line may be torn."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            break
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """The first SIGINT or SIGTERM is remembered (the list is no longer empty); a second one acts as usual."""
+    received: list[int] = []
+    previous = {}
+
+    def note(number: int, _frame: Any) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+        say("stopping after this step; once more to stop at once")
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread else ():
+        previous[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

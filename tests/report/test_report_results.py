@@ -1,0 +1,138 @@
+"""Merging run folders, and what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from report_runs import Writer, flags
+
+from llavakd.report import collect, write_report
+
+
+def edit_row(run: Path, index: int, **changes: object) -> None:
+    path = run / "results.json"
+    data = json.loads(path.read_text())
+    data["rows"][index] |= changes
+    path.write_text(json.dumps(data))
+
+
+def test_rows_of_all_runs_are_merged_and_an_equal_teacher_is_kept_once(make_run: Writer) -> None:
+    first = make_run("a", {"teacher": flags(18, 20), "pt-sft": flags(10, 20)})
+    second = make_run("b", {"teacher": flags(18, 20), "dpt-sft-dft": flags(14, 20)}, seed=1)
+    results = collect([first, second])
+    assert [row.name for row in results.rows] == ["teacher", "pt-sft", "dpt-sft-dft"]
+    assert [run.label for run in results.runs] == ["a", "b"]
+    assert [stage.name for stage in results.runs[0].stages] == ["dpt", "sft", "dft"]
+    assert len(results.rows[2].predictions) == 20
+    assert results.notes == ()
+
+
+def test_two_teachers_that_differ_are_refused(make_run: Writer) -> None:
+    first = make_run("a", {"teacher": flags(18, 20)})
+    second = make_run("b", {"teacher": flags(17, 20)})
+    with pytest.raises(ValueError, match="'teacher' with seed 0"):
+        collect([first, second])
+
+
+def test_two_rows_of_one_name_and_seed_name_both_folders(make_run: Writer) -> None:
+    first, second = make_run("a", {"pt-sft": flags(10, 20)}), make_run("b", {"pt-sft": flags(11, 20)})
+    with pytest.raises(ValueError, match="different rows") as error:
+        collect([first, second])
+    assert str(first) in str(error.value)
+    assert str(second) in str(error.value)
+
+
+def test_seeds_of_one_name_are_both_kept_and_labelled(make_run: Writer) -> None:
+    runs = [make_run(f"s{seed}", {"pt-sft": flags(10 + seed, 20)}, seed=seed) for seed in (0, 1)]
+    results = collect(runs)
+    assert [results.label(row) for row in results.rows] == ["pt-sft (seed 0)", "pt-sft (seed 1)"]
+
+
+def test_a_row_copied_by_an_earlier_report_keeps_the_predictions_of_its_own_run(make_run: Writer) -> None:
+    first, second = make_run("a", {"pt-sft": flags(10, 20)}), make_run("b", {"dpt-sft-dft": flags(14, 20)})
+    rows = [json.loads((run / "results.json").read_text())["rows"][0] for run in (first, second)]
+    (first / "results.json").write_text(json.dumps({"rows": rows}))
+    results = collect([first, second])
+    assert [row.name for row in results.rows] == ["pt-sft", "dpt-sft-dft"]
+    assert results.rows[1].folder == second
+    assert len(results.rows[1].predictions) == 20
+
+
+def test_environments_that_differ_are_listed(make_run: Writer) -> None:
+    first, second = make_run("a", {"pt-sft": flags(1, 2)}), make_run("b", {"dpt": flags(1, 2)})
+    data = json.loads((second / "results.json").read_text())
+    (second / "results.json").write_text(json.dumps(data | {"environment": {"torch": "2.12", "device": "cpu"}}))
+    wanted = {"torch": ["2.11", "2.12"], "device": "cpu"}
+    assert collect([first, second]).environment == wanted
+    write_report([first, second], first)  # the first run now holds the list itself
+    assert collect([first, second]).environment == wanted
+
+
+def test_no_results_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no results\.json; run `llava-kd train` there first"):
+        collect([tmp_path])
+    with pytest.raises(ValueError, match="no run folder"):
+        collect([])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", 'no list "rows"'),
+        ('{"rows": [{"name": "x", "n": 3}]}', "row 0 lacks accuracy"),
+        ('{"rows": [{"name": "x", "accuracy": 0.5, "n": 0}]}', "has n = 0"),
+    ],
+)
+def test_broken_results_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        collect([tmp_path])
+
+
+@pytest.mark.parametrize("line", ["{", '{"id": "q0"}', "3"])
+def test_a_broken_prediction_names_file_and_line(make_run: Writer, line: str) -> None:
+    run = make_run("a", {"pt-sft": flags(1, 2)})
+    path = run / "evaluation" / "pt-sft" / "predictions.jsonl"
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(ValueError, match=r"predictions\.jsonl, line 3"):
+        collect([run])
+
+
+def test_missing_parts_are_noted(make_run: Writer) -> None:
+    run = make_run("a", {"pt-sft": flags(1, 2)}, evaluation=False, gram=False, metrics=False)
+    (run / "recipe.yaml").unlink()
+    notes = " ".join(collect([run]).notes)
+    assert "pt-sft: no predictions" in notes
+    assert "pt-sft: no Gram matrix" in notes
+    assert "a: no metrics of dpt, sft, dft." in notes
+    assert "a: no recipe.yaml." in notes
+
+
+def test_an_unfinished_stage_is_noted(make_run: Writer) -> None:
+    run = make_run("a", {"pt-sft": flags(1, 2)})
+    (run / "pipeline.json").write_text(json.dumps({"stages": [{"name": "dpt", "state": "running"}]}))
+    assert "a: stage dpt is running, not done." in collect([run]).notes
+
+
+def test_stages_keep_the_order_of_training_without_a_pipeline_file(make_run: Writer) -> None:
+    run = make_run("a", {"pt-sft": flags(1, 2)})
+    (run / "pipeline.json").unlink()
+    assert [stage.name for stage in collect([run]).runs[0].stages] == ["dpt", "sft", "dft"]
+
+
+def test_a_resumed_stage_counts_each_step_once_and_the_later_line_wins(make_run: Writer) -> None:
+    run = make_run("a", {"pt-sft": flags(1, 2)})
+    lines = [{"step": 1, "loss": 9.0}, {"step": 2, "loss": 8.0}, {"step": 2, "loss": 7.0}, {"step": 3, "loss": 6.0}]
+    (run / "dpt" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert [line["loss"] for line in collect([run]).runs[0].stages[0].metrics] == [9.0, 7.0, 6.0]
+
+
+def test_a_gram_matrix_of_another_picture_is_left_out(make_run: Writer) -> None:
+    first, second = make_run("a", {"pt-sft": flags(1, 2)}), make_run("b", {"dpt": flags(1, 2)})
+    (second / "evaluation" / "probe.json").write_text(json.dumps({"id": "other", "images": []}))
+    results = collect([first, second])
+    assert isinstance(results.rows[0].gram, np.ndarray)
+    assert results.rows[1].gram is None
+    assert any("another probe picture" in note for note in results.notes)
