@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from llavakd.config import DataConfig, EvaluationConfig, TeacherConfig, UserError, load_recipe
+from llavakd.config import DataConfig, EvaluationConfig, TeacherConfig, load_recipe
+from llavakd.errors import UserError
 from llavakd.progress import Interrupted, bar, say
 
 app = typer.Typer(
@@ -31,7 +32,7 @@ def quickstart(
 
     results = run_quickstart(out)
     _print_results(results)
-    print(
+    print(  # noqa: T201
         f"\nReport: {out / 'report.html'}\nStudent: {out / 'dpt-sft-dft' / 'dft' / 'model'}\n"
         "Next, with your own data: write it as LLaVA JSON, copy a file from recipes/, set student, teacher and data, and run\n"
         "  llava-kd train my.yaml --out runs/mine"
@@ -81,7 +82,9 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A LLaVA folder in transformers form.")],
     data: Annotated[Path, typer.Option(help="LLaVA-format questions; the last gpt turn is the truth.")],
     images: Annotated[Path | None, typer.Option(help="Picture folder or zip.")] = None,
-    template: Annotated[str, typer.Option(help="pretrain, vicuna_v1 or chatml.")] = "vicuna_v1",
+    template: Annotated[
+        Literal["pretrain", "vicuna_v1", "chatml"], typer.Option(help="Text form of the conversation.")
+    ] = "vicuna_v1",
     out: Annotated[Path, typer.Option(help="Where the predictions go.")] = Path("eval"),
     batch_size: Annotated[int, typer.Option(help="Questions answered at once.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 128,
@@ -92,7 +95,7 @@ def evaluate(
 
     row = evaluate_folder(
         TeacherConfig(path=model, dtype="float32"),
-        DataConfig(path=str(data), images=str(images) if images else None, template=_template(template)),
+        DataConfig(path=str(data), images=str(images) if images else None, template=template),
         EvaluationConfig(data="data", batch_size=batch_size, max_new_tokens=max_new_tokens),
         out,
     )
@@ -116,14 +119,6 @@ def report(
     print(f"Report: {folder / 'report.html'}")  # noqa: T201
 
 
-def _template(name: str) -> str:
-    from llavakd.data.chat import TEMPLATES
-
-    if name not in TEMPLATES:
-        raise UserError(f"--template: got {name!r}, expected one of {', '.join(TEMPLATES)}")
-    return name
-
-
 def _print_results(results: dict) -> None:
     table = Table("model", "accuracy", "majority", "questions", "steps", "seconds")
     for row in results["rows"]:
@@ -143,6 +138,7 @@ def main() -> None:
     except Interrupted as stop:
         say(str(stop))
         sys.exit(130)
-    except KeyboardInterrupt:
-        say("interrupted; the same command goes on from the last checkpoint")
-        sys.exit(130)
+    except SystemExit as end:  # typer turns Ctrl-C outside the training loop into exit code 130
+        if end.code == 130:
+            say("interrupted; the same command goes on from the last checkpoint")
+        raise

@@ -6,7 +6,6 @@ Run lines: `load_recipe(Path("recipes/shapes/smoke.yaml"), ["stages.dpt.learning
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 import typing
@@ -18,16 +17,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from llavakd.errors import RecipeError, nearest
+from llavakd.recipe_checks import check_sense
+
 Part = Literal["vision_tower", "projector", "language_model"]
 _STRICT = ConfigDict(extra="forbid", strict=True)
-
-
-class UserError(ValueError):
-    """What the user gave is wrong; the message says what was got, what was expected and what to change."""
-
-
-class RecipeError(UserError):
-    """The recipe is wrong; the message names the key and what to change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +70,7 @@ class DataConfig:
     subset: SubsetConfig | None = None
     template: Literal["pretrain", "vicuna_v1", "chatml"] = "vicuna_v1"
     max_length: int = 2048
-    """Longest row in tokens, picture tokens included; a longer row is refused by name."""
+    """Longest row in tokens, picture tokens included; a longer one is cut on the right and counted as `truncated`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +181,7 @@ class _RecipeLoader(yaml.SafeLoader):
     """Safe YAML that refuses repeated keys and reads 1e-3 as a number."""
 
 
-def _mapping_without_repeats(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, Any]:
+def _mapping_without_repeats(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[str] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
@@ -213,6 +207,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 text: {error}") from error
     try:
         tree = yaml.load(text, Loader=_RecipeLoader)
     except yaml.YAMLError as error:
@@ -235,7 +231,7 @@ def parse_recipe(tree: dict[str, Any]) -> Recipe:
         raise RecipeError("\n".join(_explain(problem) for problem in error.errors())) from None
     except TypeError as error:
         raise RecipeError(f"the recipe holds a value that is neither text, number, list nor mapping: {error}") from None
-    _check_sense(recipe)
+    check_sense(recipe)
     return recipe
 
 
@@ -293,7 +289,7 @@ def control_twin(recipe: Recipe) -> Recipe:
         for stage in recipe.stages
     )
     name = "-".join(_PLAIN_NAMES.get(stage.name, stage.name).rstrip("2") for stage in recipe.stages)
-    return dataclasses.replace(recipe, name=name, stages=stages)
+    return dataclasses.replace(recipe, name=name, stages=stages, teacher=None)
 
 
 _PLAIN_NAMES = {"dpt": "pt", "sft": "sft", "dft": "sft2"}
@@ -309,21 +305,25 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         node = _child(node, key, ".".join(parents[: depth + 1]), override)
     if isinstance(node, list):
         raise RecipeError(f"override {override!r}: {'.'.join(parents)} is a list; name one of its entries and a key")
-    node[last] = yaml.load(value, Loader=_RecipeLoader)
+    try:
+        node[last] = yaml.load(value, Loader=_RecipeLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: {value!r} is not YAML: {error}") from error
 
 
 def _child(node: Any, key: str, path: str, override: str) -> Any:
     if isinstance(node, list):
-        names = [str(entry.get("name", "")) for entry in node]
+        names = [str(entry.get("name", "")) if isinstance(entry, dict) else "" for entry in node]
         if key in names:
             return node[names.index(key)]
         if key.isdigit() and int(key) < len(node):
             return node[int(key)]
-        raise RecipeError(f"override {override!r}: no entry {key!r} at {path}{_nearest(key, names)}")
+        raise RecipeError(f"override {override!r}: no entry {key!r} at {path}{nearest(key, names)}")
     if not isinstance(node.get(key), dict | list):
-        if node.get(key) is None and key in ("teacher", "evaluation", "world"):
-            return node.setdefault(key, {})
-        raise RecipeError(f"override {override!r}: {path} is not a mapping{_nearest(key, node)}")
+        if node.get(key) is None and key in ("teacher", "evaluation", "world", "subset"):
+            node[key] = {}
+            return node[key]
+        raise RecipeError(f"override {override!r}: {path} is not a mapping{nearest(key, node)}")
     return node[key]
 
 
@@ -332,13 +332,13 @@ def _explain(problem: Any) -> str:
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         owner = _owner_of(problem["loc"][:-1])
         known = [f.name for f in dataclasses.fields(owner)] if owner else []
-        return f"unknown key {place!r}{_nearest(str(problem['loc'][-1]), known)}"
+        return f"unknown key {place!r}{nearest(str(problem['loc'][-1]), known)}"
     if problem["type"] in ("missing", "missing_argument"):
         return f"key {place!r} is missing; add it"
     if problem["type"] == "literal_error":
         expected = problem["ctx"]["expected"]
         choices = [part.strip("' ") for part in expected.replace(" or ", ",").split(",")]
-        return f"{place}: got {problem['input']!r}, expected {expected}{_nearest(str(problem['input']), choices)}"
+        return f"{place}: got {problem['input']!r}, expected {expected}{nearest(str(problem['input']), choices)}"
     return f"{place}: got {problem['input']!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
@@ -354,62 +354,3 @@ def _owner_of(place: Iterable[Any]) -> Any:
         if members and typing.get_origin(kind) not in (dict, tuple):
             kind = members[0]
     return kind if dataclasses.is_dataclass(kind) else None
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    known = [name for name in known if name]
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(known)}" if known else ""
-
-
-def _check_sense(recipe: Recipe) -> None:
-    if not recipe.stages:
-        raise RecipeError("stages: got an empty list, expected at least one stage")
-    names = [stage.name for stage in recipe.stages]
-    for name in names:
-        if names.count(name) > 1:
-            raise RecipeError(f"stages: two stages are called {name!r}; every stage writes its own folder, rename one")
-        if not name.replace("-", "").replace("_", "").isalnum():
-            raise RecipeError(f"stages: {name!r} becomes a folder name; use letters, digits, - and _ only")
-    for index, stage in enumerate(recipe.stages):
-        _check_stage(recipe, stage, f"stages.{index} ({stage.name})")
-    if recipe.evaluation and recipe.evaluation.data not in recipe.data:
-        raise RecipeError(
-            f"evaluation.data: no source {recipe.evaluation.data!r}{_nearest(recipe.evaluation.data, recipe.data)}"
-        )
-    for key, value in (("save_every", recipe.save_every), ("log_every", recipe.log_every)):
-        if value < 1:
-            raise RecipeError(f"{key}: got {value}, expected at least 1")
-
-
-def _check_stage(recipe: Recipe, stage: StageConfig, place: str) -> None:
-    if stage.data not in recipe.data:
-        raise RecipeError(f"{place}.data: no source {stage.data!r} under data{_nearest(stage.data, recipe.data)}")
-    if not stage.train:
-        raise RecipeError(f"{place}.train: the stage trains nothing; name at least one of {typing.get_args(Part)}")
-    weights = stage.losses.weights
-    if not any(weights.values()):
-        raise RecipeError(f"{place}.losses: every weight is 0; give at least one of {', '.join(weights)} a weight")
-    for part, weight in weights.items():
-        if weight < 0:
-            raise RecipeError(f"{place}.losses.{part}: got {weight}, expected 0 or more")
-        if weight and part != "ce" and recipe.teacher is None:
-            raise RecipeError(
-                f"{place}.losses.{part}: distils, but the recipe has no `teacher`; "
-                "add teacher: {path: ...} or set the weight to 0"
-            )
-    if not 0 <= stage.losses.beta <= 1 or not stage.losses.temperature > 0:
-        raise RecipeError(
-            f"{place}.losses: beta must lie in [0, 1] and temperature above 0, got "
-            f"{stage.losses.beta} and {stage.losses.temperature}"
-        )
-    for key, least in (("learning_rate", 0.0), ("epochs", 0.0), ("global_batch_size", 0)):
-        if not getattr(stage, key) > least:
-            raise RecipeError(f"{place}.{key}: got {getattr(stage, key)}, expected more than 0")
-    micro = stage.micro_batch_size
-    if micro is not None and (micro < 1 or stage.global_batch_size % micro):
-        raise RecipeError(
-            f"{place}.micro_batch_size: got {micro}, expected a divisor of global_batch_size {stage.global_batch_size}"
-        )

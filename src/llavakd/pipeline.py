@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import platform
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from llavakd.config import (
     Recipe,
     StageConfig,
     TeacherConfig,
-    UserError,
     differing_keys,
     dump_recipe,
     resolve_paths,
@@ -32,10 +32,11 @@ from llavakd.config import (
 from llavakd.data.collate import RowDataset, load_pixels
 from llavakd.data.features import FeatureStore, save_features
 from llavakd.data.samples import Sample, load_samples
+from llavakd.errors import UserError
 from llavakd.evaluate import evaluate_model
 from llavakd.evaluate.generate import make_renderer
 from llavakd.models.alignment import align
-from llavakd.models.student import VisionLanguageModel, build_student, load_model, save_model, vision_features
+from llavakd.models.student import VisionLanguageModel, build_student, load_student, save_model, vision_features
 from llavakd.models.teacher import load_teacher
 from llavakd.progress import bar, say
 from llavakd.report import write_report
@@ -68,11 +69,12 @@ def run_pipeline(recipe: Recipe, out: Path) -> dict[str, Any]:
         Interrupted: stopped by the person; the same call goes on.
     """
     out.mkdir(parents=True, exist_ok=True)
+    transformers.utils.logging.disable_progress_bar()  # ours say what takes long
     _claim(recipe, out)
     accelerator = _make_accelerator(recipe, out)
     run = Run(recipe=resolve_paths(recipe, out), out=out, accelerator=accelerator)
     with accelerator.main_process_first():
-        _draw_world(recipe, out)
+        draw_world(recipe, out)
     samples = {name: load_samples(run.recipe.data[name]) for name in _used_sources(run.recipe)}
     _check_batches(run, samples)
     ledger = _Ledger(out / "pipeline.json", recipe.name)
@@ -152,7 +154,7 @@ def _make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if learns else None
     accelerator = Accelerator(
         mixed_precision="bf16" if recipe.precision == "bf16" else "no",
-        log_with=list(recipe.trackers),
+        log_with=list(recipe.trackers) or None,
         project_dir=str(out / "trackers"),
         kwargs_handlers=handlers,
     )
@@ -160,21 +162,22 @@ def _make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
     return accelerator
 
 
-def _draw_world(recipe: Recipe, out: Path) -> None:
+def draw_world(recipe: Recipe, out: Path) -> None:
+    """Draw the recipe's world, if it has one, into OUT/world, unless it is there."""
     if recipe.world is None or (out / "world").is_dir():
         return
     world = recipe.world
+    partial = out / ".partial-world"
+    shutil.rmtree(partial, ignore_errors=True)
     with bar("draw the world", world.scenes) as advance:
-        write_folder(
-            out / "world",
-            lambda partial: write_world(
-                partial,
-                scenes=world.scenes,
-                seed=world.seed,
-                test_questions=world.test_questions,
-                progress=lambda done, total: advance(done),
-            ),
+        write_world(
+            partial,
+            scenes=world.scenes,
+            seed=world.seed,
+            test_questions=world.test_questions,
+            progress=lambda done, total: advance(done * world.scenes // total),
         )
+    partial.rename(out / "world")
 
 
 def _used_sources(recipe: Recipe) -> list[str]:
@@ -219,7 +222,7 @@ def _run_one(run: Run, index: int, samples: list[Sample]) -> dict[str, Any]:
     """Train one stage and write its model; returns what pipeline.json says of it."""
     stage = run.recipe.stages[index]
     student = (
-        load_model(str(run.model_folder(run.recipe.stages[index - 1])))
+        load_student(str(run.model_folder(run.recipe.stages[index - 1])))
         if index
         else build_student(run.recipe.student, seed=run.recipe.seed)
     )

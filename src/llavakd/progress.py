@@ -23,7 +23,8 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the run can go on
 class Advance(Protocol):
     """Moves a bar to `done` and shows `note` beside it."""
 
-    def __call__(self, done: int, note: str = "") -> None: ...
+    def __call__(self, done: int, note: str = "") -> None:
+        """Show it."""
 
 
 def say(text: str) -> None:

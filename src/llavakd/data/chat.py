@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -135,27 +135,39 @@ class ChatRenderer:
         Raises:
             DataError: nothing to supervise, a cut through a picture, or a picture tag inside an answer.
         """
-        pieces = list(self._pieces(sample.turns, sample.id))
-        ids, labels, segments = self._tokenize(pieces, sample.id)
+        return self.render_many([sample])[0]
+
+    def render_many(self, samples: Sequence[Sample]) -> list[Rendered]:
+        """`render` for several rows with one call of the tokenizer, which is what costs."""
+        pieces = [_merge(list(self._pieces(sample.turns, sample.id))) for sample in samples]
+        texts = [text for row in pieces for text, _ in row]
+        encoded = iter(self.tokenizer(texts, add_special_tokens=False).input_ids)
+        return [
+            self._cut(*self._lay_out(row, [next(encoded) for _ in row], sample.id), sample.id)
+            for row, sample in zip(pieces, samples, strict=True)
+        ]
+
+    def render_prompt(self, sample: Sample) -> list[int]:
+        """Ids up to where the last answer would start."""
+        *history, _ = sample.turns
+        pieces = _merge(list(self._pieces(tuple(history), sample.id)))
+        encoded = self.tokenizer([text for text, _ in pieces], add_special_tokens=False).input_ids
+        return self._lay_out(pieces, encoded, sample.id)[0]
+
+    def _cut(self, ids: list[int], labels: list[int], segments: list[int], row: str) -> Rendered:
         truncated = len(ids) > self.max_length
         if truncated:
             if Segment.VISUAL in segments[self.max_length :]:
                 raise DataError(
-                    f"row {sample.id!r}: {len(ids)} tokens, and max_length {self.max_length} cuts through a "
+                    f"row {row!r}: {len(ids)} tokens, and max_length {self.max_length} cuts through a "
                     "picture; raise max_length or shorten the row"
                 )
             ids, labels, segments = (part[: self.max_length] for part in (ids, labels, segments))
         if all(label == IGNORE_INDEX for label in labels):
             raise DataError(
-                f"row {sample.id!r}: no token to learn from within max_length {self.max_length}; "
-                "raise it or remove the row"
+                f"row {row!r}: no token to learn from within max_length {self.max_length}; raise it or remove the row"
             )
         return Rendered(ids=ids, labels=labels, segments=segments, truncated=truncated)
-
-    def render_prompt(self, sample: Sample) -> list[int]:
-        """Ids up to where the last answer would start."""
-        *history, _ = sample.turns
-        return self._tokenize(list(self._pieces(tuple(history), sample.id)), sample.id)[0]
 
     def _pieces(self, turns: tuple[Turn, ...], row: str) -> Iterator[tuple[str, bool]]:
         """(text, supervised) in order; a picture is the piece IMAGE_TAG."""
@@ -178,13 +190,14 @@ class ChatRenderer:
                 yield self.tokenizer.eos_token if form.end is None else form.end, True
                 yield form.after_answer, False
 
-    def _tokenize(self, pieces: list[tuple[str, bool]], row: str) -> tuple[list[int], list[int], list[int]]:
-        merged = _merge(pieces)
-        encoded = self.tokenizer([text for text, _ in merged], add_special_tokens=False).input_ids
+    def _lay_out(
+        self, pieces: Sequence[tuple[str, bool]], encoded: Sequence[list[int]], row: str
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Ids, labels and segments from the merged pieces and what the tokenizer made of each."""
         ids, labels = list(self._prefix), [IGNORE_INDEX] * len(self._prefix)
         segments = [int(Segment.PROMPT)] * len(ids)
-        for (text, supervised), piece in zip(merged, encoded, strict=True):
-            if text == IMAGE_TAG:
+        for (text, supervised), piece in zip(pieces, encoded, strict=True):
+            if text == IMAGE_TAG and not supervised:
                 piece, kind = [self.image_token_id] * self.tokens_per_image, Segment.VISUAL
             elif self.image_token_id in piece:
                 raise DataError(f"row {row!r}: {IMAGE_TAG} inside an answer; remove it")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -38,7 +39,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=True)
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
@@ -47,7 +48,7 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Page-locked copy, for the data loader."""
-        pinned = {
+        pinned: dict[str, Any] = {
             f.name: value.pin_memory()
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
@@ -87,13 +88,23 @@ class RowDataset(Dataset[Row]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Row:
-        sample = self.samples[index]
-        pixels = features = None
-        if sample.images and self.store is not None:
-            features = self.store.get(sample.images)
-        elif sample.images:
-            pixels = load_pixels(self.images, sample.images, self.image_processor)
-        return Row(id=sample.id, text=self.renderer.render(sample), pixels=pixels, features=features)
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Row]:
+        """The rows of one micro-batch together (torch's loader calls this): one tokenizer call for all."""
+        samples = [self.samples[index] for index in indices]
+        return [
+            Row(id=sample.id, text=text, pixels=self._pixels(sample), features=self._features(sample))
+            for sample, text in zip(samples, self.renderer.render_many(samples), strict=True)
+        ]
+
+    def _pixels(self, sample: Sample) -> Tensor | None:
+        if self.store is not None or not sample.images:
+            return None
+        return load_pixels(self.images, sample.images, self.image_processor)
+
+    def _features(self, sample: Sample) -> Tensor | None:
+        return self.store.get(sample.images) if self.store is not None and sample.images else None
 
 
 def load_pixels(images: str, names: Sequence[str], image_processor: Any) -> Tensor:
@@ -106,18 +117,21 @@ def collate(rows: Sequence[Row], *, pad_token_id: int) -> Batch:
     """Pad on the right; padding is made from lengths, so a pad id equal to the end token loses nothing."""
     length = max(len(row.text.ids) for row in rows)
 
-    def padded(lists: list[list[int]], fill: int, dtype: torch.dtype) -> Tensor:
-        return torch.tensor([values + [fill] * (length - len(values)) for values in lists], dtype=dtype)
+    def padded(lists: list[list[int]], fill: int, dtype: type) -> Tensor:
+        table: np.ndarray = np.full((len(lists), length), fill, dtype)
+        for row, values in zip(table, lists, strict=True):
+            row[: len(values)] = values
+        return torch.from_numpy(table)
 
-    segments = padded([row.text.segments for row in rows], Segment.PADDING, torch.uint8)
+    segments = padded([row.text.segments for row in rows], Segment.PADDING, np.uint8)
     pictures = [row.pixels if row.pixels is not None else row.features for row in rows]
     image_rows = [index for index, tensor in enumerate(pictures) if tensor is not None for _ in range(len(tensor))]
     pixels = [row.pixels for row in rows if row.pixels is not None]
     features = [row.features for row in rows if row.features is not None]
     return Batch(
-        input_ids=padded([row.text.ids for row in rows], pad_token_id, torch.int64),
+        input_ids=padded([row.text.ids for row in rows], pad_token_id, np.int64),
         attention_mask=(segments != Segment.PADDING).long(),
-        labels=padded([row.text.labels for row in rows], IGNORE_INDEX, torch.int64),
+        labels=padded([row.text.labels for row in rows], IGNORE_INDEX, np.int64),
         segments=segments,
         image_rows=torch.tensor(image_rows, dtype=torch.int64),
         pixel_values=torch.cat(pixels) if pixels else None,

@@ -39,7 +39,10 @@ def plan_epoch(
     size = global_batch_size
     if grouping == "length":
         pool = size * _LENGTH_POOL
-        order = np.concatenate([_longest_first(order[i : i + pool], lengths) for i in range(0, len(order), pool)])
+        order = order[: len(order) - len(order) % size]  # before sorting: else the shortest rows are never seen
+        order = np.concatenate(
+            [order[:0], *(_longest_first(order[i : i + pool], lengths) for i in range(0, len(order), pool))]
+        )
     if grouping == "modality_length":
         visual, textual = order[lengths[order] > 0], order[lengths[order] < 0]
         whole = [part[i : i + size] for part in (visual, textual) for i in range(0, len(part) - size + 1, size)]

@@ -14,9 +14,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from llavakd.config import DataConfig, SubsetConfig, UserError
+from llavakd.config import DataConfig, SubsetConfig
+from llavakd.errors import UserError
 
 IMAGE_TAG = "<image>"
 _ROLES: dict[str, Literal["user", "assistant"]] = {"human": "user", "gpt": "assistant"}
@@ -102,7 +103,7 @@ def _parse_turns(conversations: Any, place: str) -> tuple[Turn, ...]:
     for number, entry in enumerate(conversations):
         source = entry.get("from") if isinstance(entry, dict) else None
         text = entry.get("value") if isinstance(entry, dict) else None
-        if source not in _ROLES or not isinstance(text, str):
+        if not isinstance(source, str) or source not in _ROLES or not isinstance(text, str):
             raise DataError(f"{place}: turn {number} is {entry!r}; expected {{from: human|gpt, value: text}}")
         role = _ROLES[source]
         if not turns and role == "assistant":
@@ -145,8 +146,8 @@ def read_image(images: str, name: str) -> Image.Image:
             source = io.BytesIO(_archive(images, os.getpid()).read(name))
         with Image.open(source) as picture:
             return picture.convert("RGB")
-    except (OSError, KeyError, UnidentifiedImageError, zipfile.BadZipFile) as error:
-        raise DataError(f"cannot read picture {name!r} of {images}: {error}") from error
+    except Exception as error:  # a damaged picture or archive makes PIL and zipfile raise a dozen unrelated types
+        raise DataError(f"cannot read picture {name!r} of {images}: {type(error).__name__}: {error}") from error
 
 
 @lru_cache(maxsize=4)

@@ -73,6 +73,7 @@ def distill_rows(
     live = (ce_weight != 0) & (labels != IGNORE_INDEX) | (kl_weight != 0)
     chunk_rows = chunk_rows or max(1, _CHUNK_LOGITS // vocab_size)
     index = live.nonzero().squeeze(1)
+    _check_labels(labels[index], vocab_size)
     ce_rows = torch.zeros(len(labels), device=labels.device)
     kl_rows = torch.zeros(len(labels), device=labels.device)
     # The anchor gives an input without live rows a gradient of zeros.
@@ -82,7 +83,8 @@ def distill_rows(
         arguments = (
             student_hidden[rows],
             student_head,
-            None if teacher_hidden is None else teacher_hidden[rows].detach(),
+            # Zeros where nothing is distilled: a zero weight alone would turn an overflowed teacher into NaN gradients.
+            None if teacher_hidden is None else teacher_hidden[rows].detach().where(kl_weight[rows, None] != 0, 0),
             None if teacher_head is None else teacher_head.detach(),
             labels[rows],
             divergence,
@@ -129,6 +131,14 @@ def _chunk(
 def _zero_dead(values: Tensor, weight: Tensor) -> Tensor:
     """Values of rows without weight are zero, not 0 * inf."""
     return torch.where(weight != 0, values, torch.zeros_like(values))
+
+
+def _check_labels(labels: Tensor, vocab_size: int) -> None:
+    wrong = labels[(labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab_size))]
+    if len(wrong):
+        raise ValueError(
+            f"label {int(wrong[0])} lies outside the {vocab_size} ids that count; give ids below them or -100"
+        )
 
 
 def _shared_width(student_head: Tensor, teacher_head: Tensor | None, vocab_size: int | None) -> int:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from llavakd.config import UserError
 from llavakd.data.samples import IMAGE_TAG
+from llavakd.errors import UserError
 from llavakd.models.student import VisionLanguageModel
 
 

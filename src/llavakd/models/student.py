@@ -28,9 +28,10 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from llavakd.config import Part, StudentConfig, UserError
+from llavakd.config import Part, StudentConfig
 from llavakd.data.chat import TEMPLATES, end_token_id
 from llavakd.data.samples import IMAGE_TAG
+from llavakd.errors import UserError
 
 # PIL processors give the same pixels with and without torchvision; the automatic class does not.
 IMAGE_PROCESSORS: dict[str, type] = {
@@ -120,7 +121,7 @@ def build_student(config: StudentConfig, *, seed: int) -> VisionLanguageModel:
     )
 
 
-def load_model(folder: str, *, dtype: torch.dtype = torch.float32) -> VisionLanguageModel:
+def load_student(folder: str, *, dtype: torch.dtype = torch.float32) -> VisionLanguageModel:
     """Load a whole LLaVA folder written by this project or by transformers; raises ModelError."""
     if _load(AutoConfig, folder).model_type != "llava":
         raise ModelError(
@@ -242,7 +243,7 @@ def extract_language_model(model: LlavaForConditionalGeneration) -> Any:
     """The causal language model inside a LLaVA model, sharing its weights."""
     with torch.device("meta"):
         causal = AutoModelForCausalLM.from_config(model.config.text_config)
-    causal.set_decoder(model.model.language_model)
+    setattr(causal, causal.base_model_prefix, model.model.language_model)
     causal.set_output_embeddings(model.lm_head)
     causal.tie_weights()
     return causal
@@ -251,7 +252,7 @@ def extract_language_model(model: LlavaForConditionalGeneration) -> Any:
 def _ensure_image_token(tokenizer: PreTrainedTokenizerBase, language_model: Any) -> int:
     """The id of `<image>`, in a free row of the embedding where there is one: resizing would change V."""
     if IMAGE_TAG not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TAG]})
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TAG]}, replace_extra_special_tokens=False)
     if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
         language_model.resize_token_embeddings(len(tokenizer))
     if tokenizer.pad_token_id is None:

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from llavakd.config import TeacherConfig
-from llavakd.models.student import VisionLanguageModel, final_hidden, load_model
+from llavakd.models.student import VisionLanguageModel, final_hidden, load_student
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_teacher(config: TeacherConfig) -> VisionLanguageModel:
     """Load a teacher folder without gradients; raises ModelError."""
-    teacher = load_model(config.path, dtype=DTYPES[config.dtype])
+    teacher = load_student(config.path, dtype=DTYPES[config.dtype])
     teacher.model.requires_grad_(False).eval()
     return teacher
 

@@ -34,12 +34,12 @@ def write_parts(folder: Path, *, seed: int = 0) -> None:
         num_hidden_layers=4,
         num_attention_heads=4,
         image_size=48,
-        patch_size=8,
+        patch_size=16,
         vision_use_head=False,
     ).save_pretrained(folder / "tower")
     SiglipImageProcessorPil(size={"height": 48, "width": 48}).save_pretrained(folder / "tower")
     tokenizer = train_tokenizer(seed)
-    sizes = {"teacher-lm": (192, 6), "student-lm": (128, 4)}
+    sizes = {"teacher-lm": (160, 5), "student-lm": (96, 3)}
     for name, (width, layers) in sizes.items():
         Qwen2Config(
             vocab_size=VOCAB_SIZE,

@@ -84,9 +84,9 @@ def _count(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
 def _place(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     if rng.random() < _NOTHING_AT_PLACE:
         empty = [cell for cell in range(len(PLACES)) if scene.at(cell) is None]
-        return f"what is at the {PLACES[_pick(empty, rng)]}?", NOTHING
+        return f"what is in the {PLACES[_pick(empty, rng)]}?", NOTHING
     thing = _pick(scene.things, rng)
-    return f"what is at the {PLACES[thing.cell]}?", thing.name
+    return f"what is in the {PLACES[thing.cell]}?", thing.name
 
 
 def _where(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:

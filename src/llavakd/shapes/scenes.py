@@ -11,7 +11,7 @@ SIDE = 3
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 COLORS = ("red", "green", "blue", "yellow", "white", "black")
 SIZES = ("small", "big")
-PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
+PLACES = ("northwest", "north", "northeast", "west", "center", "east", "southwest", "south", "southeast")
 """Names of the nine cells in reading order; a thing's ``cell`` is an index into this."""
 
 DIRECTIONS = {"above": (-1, 0), "below": (1, 0), "left of": (0, -1), "right of": (0, 1)}
@@ -104,12 +104,18 @@ class Scene:
         return found
 
 
-def caption(scene: Scene) -> str:
-    """The scene in words, in reading order: ``top left big red circle, center small blue square.``.
+def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
+    """The scene in words: ``northwest big red circle, center small blue square.``.
 
-    The caption names all that is in the scene and nothing else, so it is also the scene's canonical key.
+    The caption names all that is in the scene and nothing else. In reading order it is also the scene's canonical key.
+
+    Args:
+        scene: What to say.
+        rng: Shuffles the things, so that whoever says them must look each place up; None keeps reading order.
     """
-    return ", ".join(f"{PLACES[thing.cell]} {thing.size} {thing.name}" for thing in scene.things) + "."
+    order = range(len(scene.things)) if rng is None else rng.permutation(len(scene.things)).tolist()
+    things = [scene.things[place] for place in order]
+    return ", ".join(f"{PLACES[thing.cell]} {thing.size} {thing.name}" for thing in things) + "."
 
 
 def split_of(scene: Scene) -> str:

@@ -15,12 +15,12 @@ from llavakd.shapes.scenes import SPLITS, Scene, caption, scene_in
 
 DESCRIBE = "describe the picture."
 IMAGE_TAG = "<image>\n"
-FILES = ("pretrain", "instruct", "text", "val", "test")
+FILES = ("pretrain", "instruct", "text", "mixed", "val", "test")
 
 _EXAM_QUESTIONS = 3  # Questions about each picture of val and test.
 _MANY_TURNS = 0.6  # Share of train scenes asked about in one long conversation rather than two short ones.
 _TEXT_ONLY = 0.09  # Rows without a picture for each train scene; with 1.4 rows that have one, about 6 % of all.
-_CAPTION_ONLY = 1 / 3  # Share of text rows that are a bare caption.
+_RETOLD = 1 / 3  # Share of text rows that tell the scene once more.
 _CHUNK = 250  # Scenes in one piece of work.
 _SHUFFLE = len(SPLITS)  # Seeds the order of rows, apart from all splits.
 
@@ -33,7 +33,7 @@ class WorldSummary:
     """What was written.
 
     Attributes:
-        directory: The folder, with ``images/`` and the five JSON files.
+        directory: The folder, with ``images/`` and the six JSON files.
         pictures: Pictures in ``images/``, over all splits.
         rows: Rows by the name of the JSON file, without ``.json``.
     """
@@ -71,10 +71,13 @@ def _row(name: str, turns: Turns, *, image: str | None = None, kind: str | None 
     return json.dumps(row)
 
 
-def _turns(questions: Sequence[Question], told: Scene | None = None) -> Turns:
-    """Questions as turns; a told scene is put in words before the first of them, in place of a picture."""
-    turns = [(question.text, question.answer) for question in questions]
-    return turns if told is None else [(f"scene: {caption(told)} {turns[0][0]}", turns[0][1]), *turns[1:]]
+def _turns(questions: Sequence[Question]) -> Turns:
+    return [(question.text, question.answer) for question in questions]
+
+
+def _tell(scene: Scene, turns: Turns, rng: np.random.Generator) -> Turns:
+    """The scene in words before the first turn, in place of a picture."""
+    return [(f"scene: {caption(scene, rng)} {turns[0][0]}", turns[0][1]), *turns[1:]]
 
 
 def _save(scene: Scene, path: Path, rng: np.random.Generator) -> None:
@@ -93,16 +96,17 @@ def _train_scene(job: _Job, index: int, rng: np.random.Generator) -> Rows:
     instruct = [_row(f"{name}-{number}", turns, image=image) for number, turns in enumerate(conversations)]
     if rng.random() < _TEXT_ONLY:
         told = scene_in("text", rng)
-        instruct.append(_row(f"{name}-text", _turns(ask_several(told, 1, rng), told)))
-    return {"pretrain": [_row(name, [(DESCRIBE, caption(scene))], image=image)], "instruct": instruct}
+        instruct.append(_row(f"{name}-text", _tell(told, _turns(ask_several(told, 1, rng)), rng)))
+    return {"pretrain": [_row(name, [(DESCRIBE, caption(scene, rng))], image=image)], "instruct": instruct}
 
 
 def _text_scene(job: _Job, index: int, rng: np.random.Generator) -> Rows:
     scene = scene_in("text", rng)
-    if rng.random() < _CAPTION_ONLY:
-        turns = [(DESCRIBE, caption(scene))]
+    if rng.random() < _RETOLD:
+        turns = [(DESCRIBE, caption(scene, rng))]  # in another order than it was told: every thing is looked up
     else:
-        turns = _turns(ask_several(scene, 1 + int(rng.integers(3, 6)), rng), scene)
+        turns = _turns(ask_several(scene, 1 + int(rng.integers(3, 6)), rng))
+    turns = _tell(scene, turns, rng)
     return {"text": [_row(f"text-{index:06d}", turns)]}
 
 
@@ -193,10 +197,10 @@ def write_world(
 ) -> WorldSummary:
     """Write pictures and conversations of a Shapes world; the same seed gives the same bytes.
 
-    In the folder there will be ``images/`` and five JSON lists of LLaVA rows, whose ``image`` is relative to
+    In the folder there will be ``images/`` and six JSON lists of LLaVA rows, whose ``image`` is relative to
     ``images/``: ``pretrain`` (a caption for each train picture), ``instruct`` (questions about the train pictures
-    and a few about scenes told in words), ``text`` (two rows without picture for each train scene) and ``val`` and
-    ``test`` (one question a row, with its kind as ``type``).  No scene of one split appears in another; captions in
+    and a few about scenes told in words), ``text`` (two rows without picture for each train scene), ``mixed`` (the
+    first two and an eighth of the third) and ``val`` and ``test`` (one question a row, with its kind as ``type``).  No scene of one split appears in another; captions in
     ``text`` and told in ``instruct`` are of the split ``text``.
 
     Args:
@@ -228,6 +232,9 @@ def write_world(
     # A scene's rows were made one after another, which would put them into one batch.
     order = np.random.default_rng((seed, _SHUFFLE)).permutation(len(rows["instruct"]))
     rows["instruct"] = [rows["instruct"][place] for place in order]
+    rows["mixed"] = [*rows["pretrain"], *rows["instruct"], *rows["text"][::8]]
+    order = np.random.default_rng((seed, _SHUFFLE + 1)).permutation(len(rows["mixed"]))
+    rows["mixed"] = [rows["mixed"][place] for place in order]
     for file, lines in rows.items():
         _write_list(directory / f"{file}.json", lines)
     pictures = sum(job.stop - job.start for job in jobs if job.split != "text")

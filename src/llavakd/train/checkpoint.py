@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llavakd.config import UserError
+from llavakd.errors import UserError
 from llavakd.progress import say
 
 _MANIFEST = "manifest.json"
@@ -36,8 +36,8 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file in one rename."""
-    partial = path.with_name(f".partial-{path.name}")
+    """Replace a small file in one rename; several processes may do so at once."""
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     partial.write_text(text, encoding="utf-8")
     _flush(partial)
     partial.replace(path)

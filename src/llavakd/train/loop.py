@@ -7,7 +7,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +18,10 @@ from accelerate.utils import reduce
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from llavakd.config import Recipe, UserError
+from llavakd.config import Recipe
 from llavakd.data.collate import Batch, RowDataset, collate
 from llavakd.data.sampler import MicroBatches, Shard, word_lengths
+from llavakd.errors import UserError
 from llavakd.progress import Interrupted, bar, say
 from llavakd.train.checkpoint import load_checkpoint, newest_whole, prune, save_checkpoint
 from llavakd.train.optim import learning_rate, set_learning_rate
@@ -111,7 +112,7 @@ def run_stage(state: TrainState, dataset: RowDataset, recipe: Recipe, folder: Pa
             stopping = _any_rank(accelerator, bool(stopped))
             if stopping or progress.step % recipe.save_every == 0 or progress.step == steps:
                 _save(state, folder, progress)
-            if stopping and progress.step < steps:
+            if stopping:
                 raise Interrupted(
                     f"stage {stage.name} stopped after step {progress.step} of {steps}; "
                     "the same command goes on from there"
@@ -153,7 +154,15 @@ def _batches(
         pin_memory=state.accelerator.device.type == "cuda",
         worker_init_fn=_ignore_interrupt,
     )
-    return iter(loader)
+    return _plain_errors(loader)
+
+
+def _plain_errors(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same batches; an error of the user's that a worker met loses the traceback that torch writes into its text."""
+    try:
+        yield from batches
+    except UserError as error:
+        raise type(error)(str(error).strip().rpartition(f"{type(error).__name__}: ")[2]) from None
 
 
 def _ignore_interrupt(worker: int) -> None:
@@ -233,7 +242,7 @@ def _drop_later_metrics(path: Path, step: int) -> None:
 def _stop_signals() -> Iterator[list[int]]:
     """The first SIGINT or SIGTERM is remembered (the list is no longer empty); a second one acts as usual."""
     received: list[int] = []
-    previous = {}
+    previous: dict[int, Any] = {}
 
     def note(number: int, _frame: Any) -> None:
         received.append(number)
@@ -241,7 +250,7 @@ def _stop_signals() -> Iterator[list[int]]:
         say("stopping after this step; once more to stop at once")
 
     in_main_thread = threading.current_thread() is threading.main_thread()
-    for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread else ():
+    for number in (int(signal.SIGINT), int(signal.SIGTERM)) if in_main_thread else ():
         previous[number] = signal.signal(number, note)
     try:
         yield received

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from llavakd.config import StageConfig
 from llavakd.data.chat import Segment
 from llavakd.data.collate import Batch
+from llavakd.errors import UserError
 from llavakd.losses import Counts, Objective, count, objective
 from llavakd.models.alignment import Pair
 from llavakd.models.student import VisionLanguageModel, final_hidden, vision_features
 from llavakd.models.teacher import teacher_hidden
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError):
     """The gradient is not finite; names the step and its rows."""
 
 

@@ -1,0 +1,23 @@
+"""What the user did wrong, said so that they can mend it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """What the user gave is wrong; the message says what was got, what was expected and what to change."""
+
+
+class RecipeError(UserError):
+    """The recipe is wrong; the message names the key and what to change."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint for a word that is not known: the closest known one, or all of them."""
+    known = [name for name in known if name]
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(known)}" if known else ""

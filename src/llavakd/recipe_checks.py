@@ -1,0 +1,69 @@
+"""Whether a well-formed recipe makes sense, before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+import typing
+
+from llavakd.errors import RecipeError, nearest
+
+if typing.TYPE_CHECKING:
+    from llavakd.config import Recipe, StageConfig
+
+PARTS = ("vision_tower", "projector", "language_model")
+
+
+def check_sense(recipe: Recipe) -> None:
+    """Refuse a recipe whose keys and types are right but which cannot make a run; raises RecipeError."""
+    if not recipe.stages:
+        raise RecipeError("stages: got an empty list, expected at least one stage")
+    names = [stage.name for stage in recipe.stages]
+    for name in names:
+        if names.count(name) > 1:
+            raise RecipeError(f"stages: two stages are called {name!r}; every stage writes its own folder, rename one")
+        if not name.replace("-", "").replace("_", "").isalnum():
+            raise RecipeError(f"stages: {name!r} becomes a folder name; use letters, digits, - and _ only")
+    for index, stage in enumerate(recipe.stages):
+        _check_stage(recipe, stage, f"stages.{index} ({stage.name})")
+    if recipe.evaluation and recipe.evaluation.data not in recipe.data:
+        raise RecipeError(
+            f"evaluation.data: no source {recipe.evaluation.data!r}{nearest(recipe.evaluation.data, recipe.data)}"
+        )
+    for key, value in (("save_every", recipe.save_every), ("log_every", recipe.log_every)):
+        if value < 1:
+            raise RecipeError(f"{key}: got {value}, expected at least 1")
+
+
+def _check_stage(recipe: Recipe, stage: StageConfig, place: str) -> None:
+    if stage.data not in recipe.data:
+        raise RecipeError(f"{place}.data: no source {stage.data!r} under data{nearest(stage.data, recipe.data)}")
+    if not stage.train:
+        raise RecipeError(f"{place}.train: the stage trains nothing; name at least one of {PARTS}")
+    weights = stage.losses.weights
+    if not any(weights.values()):
+        raise RecipeError(f"{place}.losses: every weight is 0; give at least one of {', '.join(weights)} a weight")
+    for part, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise RecipeError(f"{place}.losses.{part}: got {weight}, expected a finite number, 0 or more")
+        if weight and part != "ce" and recipe.teacher is None:
+            raise RecipeError(
+                f"{place}.losses.{part}: distils, but the recipe has no `teacher`; "
+                "add teacher: {path: ...} or set the weight to 0"
+            )
+    _check_numbers(stage, place)
+
+
+def _check_numbers(stage: StageConfig, place: str) -> None:
+    if not 0 <= stage.losses.beta <= 1 or not stage.losses.temperature > 0:
+        raise RecipeError(
+            f"{place}.losses: beta must lie in [0, 1] and temperature above 0, got "
+            f"{stage.losses.beta} and {stage.losses.temperature}"
+        )
+    for key, least in (("learning_rate", 0.0), ("epochs", 0.0), ("global_batch_size", 0)):
+        if not least < getattr(stage, key) < math.inf:
+            raise RecipeError(f"{place}.{key}: got {getattr(stage, key)}, expected a finite number above 0")
+    micro = stage.micro_batch_size
+    if micro is not None and (micro < 1 or stage.global_batch_size % micro):
+        raise RecipeError(
+            f"{place}.micro_batch_size: got {micro}, expected a divisor of global_batch_size {stage.global_batch_size}"
+        )

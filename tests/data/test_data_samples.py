@@ -1,0 +1,271 @@
+"""Reading LLaVA JSON and pictures: what is kept, what is refused, and that every refusal names its row."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llavakd.config import DataConfig, SubsetConfig
+from llavakd.data.samples import DataError, Sample, Turn, load_samples, parse_row, read_image
+from llavakd.errors import UserError
+
+
+def human(text: str) -> dict:
+    return {"from": "human", "value": text}
+
+
+def gpt(text: str) -> dict:
+    return {"from": "gpt", "value": text}
+
+
+GOOD = {"id": "cat-1", "image": "a/cat.png", "conversations": [human("<image>\nWhat is it?"), gpt("A cat.")]}
+
+
+def load(tmp_path, content, **more) -> list[Sample]:
+    path = tmp_path / "rows.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return load_samples(DataConfig(path=str(path), **{"images": "pictures"} | more))
+
+
+def test_a_row_becomes_a_sample_without_its_tags(tmp_path):
+    wanted = Sample(
+        id="cat-1",
+        images=("a/cat.png",),
+        turns=(Turn(role="user", text="What is it?", images=1), Turn(role="assistant", text="A cat.")),
+    )
+    assert load(tmp_path, [GOOD]) == [wanted]
+
+
+def test_a_text_only_row_needs_no_picture_folder(tmp_path):
+    row = {"id": 7, "conversations": [human(" Hi \n"), gpt("\nHo ")], "type": "chat"}
+    (sample,) = load(tmp_path, [row], images=None)
+    assert (sample.id, sample.images, sample.type) == ("7", (), "chat")
+    assert [turn.text for turn in sample.turns] == ["Hi", "Ho"]
+
+
+def test_tags_anywhere_in_a_human_turn_are_counted_for_that_turn():
+    row = {
+        "id": "two",
+        "image": ["a.png", "b.png", "c.png"],
+        "conversations": [human("Compare <image> with\n<image>"), gpt("Same."), human("And now?<image>"), gpt("No.")],
+    }
+    turns = parse_row(row, "here").turns
+    assert [turn.images for turn in turns] == [2, 0, 1, 0]
+    assert [turn.text for turn in turns] == ["Compare  with", "Same.", "And now?", "No."]
+
+
+def test_a_leading_answer_is_dropped():
+    turns = parse_row({**GOOD, "conversations": [gpt("Welcome."), *GOOD["conversations"]]}, "here").turns
+    assert [turn.text for turn in turns] == ["What is it?", "A cat."]
+
+
+def test_a_question_may_be_a_picture_alone():
+    (question, _) = parse_row({**GOOD, "conversations": [human("<image>"), gpt("A cat.")]}, "here").turns
+    assert (question.text, question.images) == ("", 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"conversations": None}, "no `conversations`"),
+        ({"conversations": []}, "no `conversations`"),
+        ({"conversations": "hello"}, "no `conversations`"),
+        ({"conversations": [human("<image>"), {"from": "bot", "value": "x"}]}, "turn 1 is .*'bot'.*human.gpt"),
+        ({"conversations": [human("<image>"), {"from": ["gpt"], "value": "x"}]}, "turn 1 is .*human.gpt"),
+        ({"conversations": [human("<image>"), {"from": "gpt", "value": None}]}, "turn 1 is .*None"),
+        ({"conversations": [human("<image>"), "x"]}, "turn 1 is 'x'"),
+        ({"conversations": [human("<image>"), human("x"), gpt("y")]}, "turn 1 is from 'human' twice"),
+        ({"conversations": [human("<image>"), gpt("y"), gpt("z")]}, "turn 2 is from 'gpt' twice"),
+        ({"conversations": [human("<image>"), gpt(" \n ")]}, "turn 1, the answer, is empty"),
+        ({"conversations": [human("<image>")]}, "no answer"),
+        ({"conversations": [human("<image>"), gpt("y"), human("more?")]}, "no answer"),
+        ({"conversations": [gpt("alone")]}, "no answer"),
+        ({"conversations": [human("no tag"), gpt("y")]}, r"1 picture\(s\) but 0 <image>"),
+        ({"conversations": [human("<image>"), gpt("<image>"), human("<image>"), gpt("y")]}, r"1 picture\(s\) but 2"),
+        ({"image": None}, r"0 picture\(s\) but 1"),
+        ({"image": ["a.png", "b.png"]}, r"2 picture\(s\) but 1"),
+        ({"image": 3}, "`image` is 3"),
+        ({"image": ""}, "`image` is ''"),
+        ({"image": ["a.png", None]}, "`image` is"),
+        ({"image": "../secret.png"}, "leaves the picture folder"),
+        ({"image": "a/../../secret.png"}, "leaves the picture folder"),
+        ({"image": "/etc/secret.png"}, "leaves the picture folder"),
+    ],
+)
+def test_a_wrong_row_is_refused_by_file_number_and_id(tmp_path, change, message):
+    with pytest.raises(DataError, match=message) as caught:
+        load(tmp_path, [GOOD, {**GOOD, "id": "dog-2", **change}])
+    assert str(caught.value).startswith("rows.json row 1 (id 'dog-2'): ")
+
+
+def test_a_row_that_is_no_object_is_refused_by_number(tmp_path):
+    with pytest.raises(DataError, match=r"rows\.json row 1: got a list, expected an object"):
+        load(tmp_path, [GOOD, [GOOD]])
+
+
+def test_dots_inside_a_name_do_not_leave_the_folder():
+    assert parse_row({**GOOD, "image": "a..b/c...png"}, "here").images == ("a..b/c...png",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"id": "cat-1", "conv', "is not JSON"),
+        ("", "is not JSON"),
+        ('{"id": 1}', "holds a dict; expected a list"),
+        ("[]", "holds an empty list; expected a list"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_path(tmp_path, content, message):
+    with pytest.raises(DataError, match=message) as caught:
+        load(tmp_path, content)
+    assert str(tmp_path / "rows.json") in str(caught.value)
+
+
+def test_a_missing_file_is_refused_by_path(tmp_path):
+    with pytest.raises(DataError, match=r"cannot read .*nowhere\.json: No such file.*`path`"):
+        load_samples(DataConfig(path=str(tmp_path / "nowhere.json")))
+
+
+def test_a_file_that_is_not_utf8_is_refused(tmp_path):
+    (tmp_path / "latin.json").write_bytes('["é"]'.encode("latin-1"))
+    with pytest.raises(DataError, match="is not JSON"):
+        load_samples(DataConfig(path=str(tmp_path / "latin.json")))
+
+
+def test_rows_with_pictures_need_a_picture_folder(tmp_path):
+    with pytest.raises(DataError, match="no `images`; set it"):
+        load(tmp_path, [GOOD], images=None)
+
+
+def test_a_data_error_is_the_users_error():
+    assert issubclass(DataError, UserError)
+
+
+def rows_of_groups(groups: int = 60, copies: int = 3) -> list[dict]:
+    return [
+        {"id": f"g{group}-{copy}", "conversations": [human("q"), gpt("a")]}
+        for copy in range(copies)
+        for group in range(groups)
+    ]
+
+
+def keep(tmp_path, start: float, stop: float, group: str = r"^g\d+") -> list[str]:
+    subset = SubsetConfig(group=group, start=start, stop=stop)
+    return [sample.id for sample in load(tmp_path, rows_of_groups(), subset=subset)]
+
+
+@pytest.mark.parametrize("cut", [0.2, 0.5])
+def test_two_sides_of_a_cut_are_disjoint_complete_and_never_split_a_group(tmp_path, cut):
+    left, right = keep(tmp_path, 0.0, cut), keep(tmp_path, cut, 1.0)
+    assert not set(left) & set(right)
+    assert sorted(left + right) == sorted(row["id"] for row in rows_of_groups())
+    assert not {name.split("-")[0] for name in left} & {name.split("-")[0] for name in right}
+    assert abs(len(left) / 180 - cut) < 0.15
+
+
+def test_the_side_of_a_group_is_its_sha256_and_the_file_order_stays(tmp_path):
+    def place(group: str) -> float:
+        return int(hashlib.sha256(group.encode()).hexdigest()[:16], 16) / 16**16
+
+    wanted = [row["id"] for row in rows_of_groups() if 0.25 <= place(row["id"].split("-")[0]) < 0.75]
+    assert keep(tmp_path, 0.25, 0.75) == wanted
+
+
+def test_a_subset_that_keeps_nothing_is_refused(tmp_path):
+    with pytest.raises(DataError, match="keeps none of 180 rows"):
+        keep(tmp_path, 0.5, 0.5)
+
+
+def test_an_id_outside_the_group_expression_is_refused_by_name(tmp_path):
+    with pytest.raises(DataError, match=r"'g\d+-\d'.*subset\.group.*'\^h'"):
+        keep(tmp_path, 0.0, 1.0, group="^h")
+
+
+ORANGE = (250, 120, 10)
+
+
+def picture(mode: str) -> Image.Image:
+    rgb = Image.new("RGB", (6, 4), ORANGE)
+    return rgb.quantize(4) if mode == "P" else rgb.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "1"])
+def test_every_kind_of_picture_becomes_rgb(tmp_path, mode):
+    picture(mode).save(tmp_path / "x.png")
+    got = read_image(str(tmp_path), "x.png")
+    assert (got.mode, got.size) == ("RGB", (6, 4))
+    pixel = got.getpixel((0, 0))
+    if mode in ("L", "LA", "1"):
+        assert len(set(pixel)) == 1, "gray stays gray"
+    else:
+        assert np.abs(np.subtract(pixel, ORANGE)).max() <= 2
+
+
+def test_pictures_come_out_of_a_zip_archive(tmp_path):
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        for name, colour in (("a/red.png", (255, 0, 0)), ("blue.png", (0, 0, 255))):
+            data = io.BytesIO()
+            Image.new("RGB", (3, 3), colour).save(data, "PNG")
+            archive.writestr(name, data.getvalue())
+    images = str(tmp_path / "pictures.zip")
+    assert read_image(images, "a/red.png").getpixel((1, 1)) == (255, 0, 0)
+    assert read_image(images, "blue.png").getpixel((1, 1)) == (0, 0, 255)
+    with pytest.raises(DataError, match=r"'green\.png'.*pictures\.zip"):
+        read_image(images, "green.png")
+
+
+def png(change) -> bytes:
+    data = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(data, "PNG")
+    return bytes(change(bytearray(data.getvalue())))
+
+
+def broken_chunk(data: bytearray) -> bytearray:
+    """Two IDAT chunks, the second with a name that is no name; PIL answers with SyntaxError."""
+    start = data.index(b"IDAT") - 4
+    return data[:start] + b"\x00\x00\x00\x04\xfcjF\xec" + data[start:]
+
+
+def huge(_: bytearray) -> bytearray:
+    """A bitmap that claims 60,000 x 60,000 pixels; PIL answers with DecompressionBombError."""
+    data = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(data, "BMP")
+    raw = bytearray(data.getvalue())
+    raw[18:26] = (60_000).to_bytes(4, "little") * 2
+    return raw
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda data: data[:200], lambda data: b"", lambda data: b"no picture", broken_chunk, huge],
+    ids=["torn", "empty", "text", "broken chunk", "huge"],
+)
+def test_a_damaged_picture_is_named(tmp_path, change):
+    (tmp_path / "bad.png").write_bytes(png(change))
+    with pytest.raises(DataError, match=r"cannot read picture 'bad\.png' of ") as caught:
+        read_image(str(tmp_path), "bad.png")
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_damaged_archive_member_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.png", b"x" * 500 + bytes(range(256)))
+    raw = bytearray((tmp_path / "bad.zip").read_bytes())
+    raw[35:45] = b"\xff" * 10
+    (tmp_path / "bad.zip").write_bytes(raw)
+    with pytest.raises(DataError, match=r"'x\.png' of .*bad\.zip"):
+        read_image(str(tmp_path / "bad.zip"), "x.png")
+
+
+def test_a_missing_picture_or_archive_is_named(tmp_path):
+    for images in (tmp_path, tmp_path / "none.zip"):
+        with pytest.raises(DataError, match=r"'x\.png'.*No such file"):
+            read_image(str(images), "x.png")

@@ -1,0 +1,81 @@
+"""A stage that is told to stop stops after the step in progress, also when that step is the last."""
+
+import os
+import signal
+
+import pytest
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from llavakd.config import StudentConfig, parse_recipe
+from llavakd.data.collate import RowDataset
+from llavakd.data.samples import load_samples
+from llavakd.evaluate.generate import make_renderer
+from llavakd.models.student import build_student
+from llavakd.progress import Interrupted
+from llavakd.train import loop
+from llavakd.train.optim import build_optimizer
+from llavakd.train.step import StudentModule, TrainState
+
+
+@pytest.fixture
+def start_stage(tiny, tmp_path):
+    """A function that begins or goes on with a stage of four steps in one folder, as a new process would."""
+    tree = tiny.tree()
+    tree["stages"] = [tree["stages"][1] | {"data": "mixed", "epochs": 1}]
+    recipe = parse_recipe(tree)
+    (stage,) = recipe.stages
+    student_config = StudentConfig(
+        vision_tower=str(tiny.tower),
+        language_model=str(tiny.language_model),
+        from_scratch=("vision_tower", "language_model"),
+    )
+
+    def start():
+        student = build_student(student_config, seed=0)
+        student.train_only(stage.train)
+        module = StudentModule(student, stage, None)
+        accelerator = Accelerator(cpu=True)
+        module, optimizer = accelerator.prepare(module, build_optimizer(module, stage))
+        data = recipe.data["mixed"]
+        dataset = RowDataset(
+            load_samples(data),
+            make_renderer(student, data),
+            images=data.images,
+            image_processor=student.image_processor,
+        )
+        parts = {"module": module, "optimizer": optimizer, "student": student}
+        state = TrainState(accelerator=accelerator, teacher=None, pair=None, stage=stage, **parts)
+        return loop.run_stage(state, dataset, recipe, tmp_path)
+
+    yield start
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("last", [1, 3, 4])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_stage_after_its_step_and_the_next_start_goes_on(monkeypatch, start_stage, last, number):
+    steps = []
+
+    def step_with_signal(state, batches, *, step):
+        steps.append(step)
+        result = train_step(state, batches, step=step)
+        if step + 1 == last and len(steps) == last:
+            os.kill(os.getpid(), number)
+        return result
+
+    train_step = loop.train_step
+    monkeypatch.setattr(loop, "train_step", step_with_signal)
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match=rf"stage sft stopped after step {last} of 4"):
+        start_stage()
+    assert signal.getsignal(number) is before
+    progress = start_stage()
+    assert progress.step == 4
+    assert steps == [0, 1, 2, 3]
+
+
+def test_a_finished_stage_takes_no_further_step(monkeypatch, start_stage):
+    first = start_stage()
+    monkeypatch.setattr(loop, "train_step", None)
+    assert start_stage() == first

@@ -1,0 +1,203 @@
+"""One step: nothing is updated by a gradient that is not finite, and every rank gives every part a gradient."""
+
+import dataclasses
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from llavakd.config import DataConfig, LossConfig, StageConfig, StudentConfig, TeacherConfig
+from llavakd.data.chat import Segment
+from llavakd.data.collate import RowDataset, collate
+from llavakd.data.samples import load_samples
+from llavakd.errors import UserError
+from llavakd.evaluate.generate import make_renderer
+from llavakd.losses import Counts
+from llavakd.models.alignment import align
+from llavakd.models.student import build_student
+from llavakd.models.teacher import load_teacher
+from llavakd.train.loop import shard_of, total_steps
+from llavakd.train.optim import build_optimizer
+from llavakd.train.step import NonFiniteError, StudentModule, TrainState, train_step
+
+STAGE = StageConfig(
+    name="dft",
+    data="mixed",
+    train=("projector", "language_model"),
+    losses=LossConfig(ce=1.0, response_kl=1.0, visual_kl=1.0, relation=0.5),
+    learning_rate=1.0e-3,
+    global_batch_size=4,
+)
+
+
+def student_of(tiny, *, own_tower: bool = False):
+    return build_student(
+        StudentConfig(
+            vision_tower=str(tiny.tower if own_tower else tiny.teacher),
+            language_model=str(tiny.language_model),
+            vision_feature_select_strategy="full",
+            from_scratch=("vision_tower", "language_model") if own_tower else ("language_model",),
+        ),
+        seed=0,
+    )
+
+
+def batch_of(tiny, model, *, pictures: set[int], rows: int = 2):
+    data = DataConfig(path=str(tiny.mixed), images=str(tiny.world / "images"), template="chatml", max_length=400)
+    samples = [sample for sample in load_samples(data) if len(sample.images) in pictures][:rows]
+    dataset = RowDataset(samples, make_renderer(model, data), images=data.images, image_processor=model.image_processor)
+    return collate([dataset[index] for index in range(rows)], pad_token_id=model.tokenizer.pad_token_id)
+
+
+@pytest.fixture(params=["shared tower"])
+def state(request, tiny):
+    """A student and its teacher, ready for a step."""
+    student = student_of(tiny, own_tower=request.param != "shared tower")
+    student.train_only(STAGE.train)
+    teacher = load_teacher(TeacherConfig(path=str(tiny.teacher), dtype="float32"))
+    pair = align(student, teacher)
+    module = StudentModule(student, STAGE, pair.vocab_size)
+    accelerator = Accelerator(cpu=True)
+    module, optimizer = accelerator.prepare(module, build_optimizer(module, STAGE))
+    yield TrainState(
+        accelerator=accelerator,
+        module=module,
+        optimizer=optimizer,
+        student=student,
+        teacher=teacher,
+        pair=pair,
+        stage=STAGE,
+    )
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_step_moves_the_student_and_reports_global_numbers(state, tiny):
+    before = {name: p.detach().clone() for name, p in state.student.model.named_parameters()}
+    batches = [batch_of(tiny, state.student, pictures={1}), batch_of(tiny, state.student, pictures={0})]
+    result = train_step(state, batches, step=0)
+    changed = {name for name, p in state.student.model.named_parameters() if not torch.equal(p, before[name])}
+    assert {name.split(".")[1] for name in changed} == {"multi_modal_projector", "language_model"}
+    assert result.tokens == sum(int(batch.attention_mask.sum()) for batch in batches)
+    weights = STAGE.losses.weights
+    assert float(result.loss) == pytest.approx(sum(weights[name] * float(v) for name, v in result.parts.items()))
+    assert all(float(value) > 0 for value in result.parts.values())
+    assert all(p.grad is None for p in state.student.model.parameters())
+    assert all(p.grad is None for p in state.teacher.model.parameters())
+
+
+def stock_logits(model, batch):
+    with torch.no_grad():
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        return model.model(**inputs, pixel_values=batch.pixel_values).logits[..., : len(model.tokenizer)].double()
+
+
+def expected_parts(student, teacher, batch) -> dict[str, float]:
+    """The parts by the letter of the paper, each a mean over rows of row means, from the logits of stock models."""
+    ours, theirs = stock_logits(student, batch), stock_logits(teacher, batch)
+    kl = (theirs.softmax(-1) * (theirs.log_softmax(-1) - ours.log_softmax(-1))).sum(-1)
+    sums = dict.fromkeys(("ce", "response_kl", "visual_kl", "relation"), 0.0)
+    for row in range(len(ours)):
+        answers = [t - 1 for t in range(1, len(batch.labels[row])) if batch.labels[row, t] != -100]
+        seen = (batch.segments[row] == Segment.VISUAL).nonzero().squeeze(1)
+        sums["ce"] -= sum(ours[row, t].log_softmax(-1)[batch.labels[row, t + 1]] for t in answers) / len(answers)
+        sums["response_kl"] += kl[row, answers].mean()
+        if len(seen):
+            sums["visual_kl"] += kl[row, seen].mean()
+            pictures = [[z[row, part] @ z[row, part].T for z in (ours, theirs)] for part in seen.reshape(-1, 16)]
+            distances = [1 - (a * b).sum() / (a.norm() * b.norm()) for a, b in pictures]
+            sums["relation"] += sum(distances) / len(distances)
+    return {name: float(value) / len(ours) for name, value in sums.items()}
+
+
+@pytest.mark.parametrize("state", ["shared tower", "towers of their own"], indirect=True)
+def test_the_parts_equal_the_papers_formulas_on_the_logits_of_stock_models(state, tiny):
+    """Each model sees through its own tower: stock models know no other."""
+    assert state.pair.vocab_size == len(state.student.tokenizer) < len(state.student.head)
+    batch = batch_of(tiny, state.student, pictures={0, 1, 2}, rows=32)
+    assert sorted(set(torch.bincount(batch.image_rows, minlength=32).tolist())) == [0, 1, 2]
+    expected = expected_parts(state.student, state.teacher, batch)
+    parts = train_step(state, [batch], step=0).parts
+    assert {name: float(value) for name, value in parts.items()} == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_reported_norm_is_the_gradient_before_clipping_and_clipping_holds(state, tiny):
+    batch = batch_of(tiny, state.student, pictures={1})
+    tight = dataclasses.replace(state, stage=dataclasses.replace(STAGE, max_grad_norm=1e-3))
+    grads = []
+    state.optimizer.optimizer.register_step_pre_hook(
+        lambda *_: grads.append(torch.cat([p.grad.flatten() for p in state.module.parameters() if p.requires_grad]))
+    )
+    result = train_step(tight, [batch], step=0)
+    assert float(result.grad_norm) > 0.1
+    assert float(grads[0].norm()) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_gradient_that_is_not_finite_raises_before_anything_is_updated(state, tiny):
+    with torch.no_grad():
+        state.student.model.model.multi_modal_projector.linear_2.weight[0, 0] = torch.inf
+    before = {name: p.detach().clone() for name, p in state.student.model.named_parameters()}
+    batch = batch_of(tiny, state.student, pictures={1})
+    with pytest.raises(NonFiniteError) as error:
+        train_step(state, [batch], step=17)
+    assert "stage dft, step 17" in str(error.value)
+    assert all(name in str(error.value) for name in batch.sample_ids)
+    for name, parameter in state.student.model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    assert not state.optimizer.state
+
+
+@pytest.mark.parametrize("train", [("projector",), ("projector", "language_model"), ("vision_tower", "projector")])
+@pytest.mark.parametrize("distils", [False, True])
+def test_rows_without_pictures_give_picture_parts_a_gradient_of_zero_not_none(tiny, train, distils):
+    student = student_of(tiny)
+    student.train_only(train)
+    losses = STAGE.losses if distils else LossConfig(ce=1.0)
+    stage = dataclasses.replace(STAGE, train=train, losses=losses)
+    batch = batch_of(tiny, student, pictures={0})
+    taught = head = None
+    if distils:
+        taught, head = torch.randn(*batch.input_ids.shape, 48), torch.randn(704, 48)
+    module = StudentModule(student, stage, len(student.tokenizer))
+    result = module(batch, None, taught, head, Counts(2, 50, 0, 0))
+    result.total.backward()
+    idle = [p for name in ("projector", "vision_tower") for p in student.parts()[name].parameters() if p.requires_grad]
+    assert len(idle) >= 4
+    assert all(p.grad is not None and not p.grad.any() for p in idle)
+    tables = student.head.grad
+    assert (tables is None) == ("language_model" not in train)
+    assert tables is None or tables.any()
+
+
+def test_a_learning_tower_is_reached_by_gradients_and_a_frozen_one_is_not(tiny):
+    for train, reached in ((("vision_tower", "projector"), True), (("projector",), False)):
+        student = student_of(tiny)
+        student.train_only(train)
+        module = StudentModule(student, dataclasses.replace(STAGE, train=train, losses=LossConfig(ce=1.0)), None)
+        module(batch_of(tiny, student, pictures={1}), None, None, None, Counts(2, 50, 32, 2)).total.backward()
+        tower = student.parts()["vision_tower"]
+        assert (tower.embeddings.patch_embedding.weight.grad is not None) == reached
+
+
+def test_a_stage_has_whole_global_batches_only_and_at_least_one():
+    assert total_steps(20, 8, 1.0, "d") == 2
+    assert total_steps(20, 8, 2.5, "d") == 5
+    assert total_steps(8, 8, 0.01, "d") == 1
+    with pytest.raises(UserError, match=r"'d' has 7 rows.*global_batch_size 8"):
+        total_steps(7, 8, 1.0, "d")
+
+
+class _OneStage:
+    def __init__(self, **changes):
+        self._stage = dataclasses.replace(STAGE, **changes)
+
+    def stage(self, name):
+        return self._stage
+
+
+def test_a_global_batch_that_does_not_divide_over_processes_is_refused():
+    recipe = _OneStage(global_batch_size=12, micro_batch_size=3)
+    assert shard_of(recipe, "dft", rank=1, world_size=2).micro_batch_size == 3
+    assert shard_of(_OneStage(global_batch_size=12), "dft", rank=0, world_size=4).micro_batch_size == 3
+    with pytest.raises(UserError, match=r"stage dft: global_batch_size 12 .* 8 processes x micro_batch_size 3"):
+        shard_of(recipe, "dft", rank=0, world_size=8)
