@@ -50,8 +50,10 @@ def train(
 
     loaded = load_recipe(recipe, overrides or [])
     folder = out or Path("runs") / loaded.name
-    _print_results(run_pipeline(loaded, folder))
-    print(f"Report: {folder / 'report.html'}")  # noqa: T201
+    results = run_pipeline(loaded, folder)
+    if results["rows"]:  # without `evaluation`, and on all processes but the first, there is nothing to show
+        _print_results(results)
+    print(f"Done: {folder}" + (f", report in {folder / 'report.html'}" if results["rows"] else ""))  # noqa: T201
 
 
 @app.command()

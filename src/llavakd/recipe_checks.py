@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 import typing
 
 from llavakd.errors import RecipeError, nearest
 
 if typing.TYPE_CHECKING:
-    from llavakd.config import Recipe, StageConfig
+    from llavakd.config import DataConfig, Recipe, StageConfig
 
 PARTS = ("vision_tower", "projector", "language_model")
 
@@ -29,9 +30,30 @@ def check_sense(recipe: Recipe) -> None:
         raise RecipeError(
             f"evaluation.data: no source {recipe.evaluation.data!r}{nearest(recipe.evaluation.data, recipe.data)}"
         )
-    for key, value in (("save_every", recipe.save_every), ("log_every", recipe.log_every)):
-        if value < 1:
-            raise RecipeError(f"{key}: got {value}, expected at least 1")
+    for name, source in recipe.data.items():
+        _check_source(source, f"data.{name}")
+    for key, value, least in (
+        ("save_every", recipe.save_every, 1),
+        ("log_every", recipe.log_every, 1),
+        ("workers", recipe.workers, 0),
+    ):
+        if value < least:
+            raise RecipeError(f"{key}: got {value}, expected at least {least}")
+
+
+def _check_source(source: DataConfig, place: str) -> None:
+    if source.max_length < 1:
+        raise RecipeError(f"{place}.max_length: got {source.max_length}, expected at least 1")
+    if source.subset is None:
+        return
+    try:
+        re.compile(source.subset.group)
+    except re.error as error:
+        raise RecipeError(f"{place}.subset.group: {source.subset.group!r} is no regular expression: {error}") from None
+    if not 0 <= source.subset.start < source.subset.stop <= 1:
+        raise RecipeError(
+            f"{place}.subset: got start {source.subset.start} and stop {source.subset.stop}, expected 0 <= start < stop <= 1"
+        )
 
 
 def _check_stage(recipe: Recipe, stage: StageConfig, place: str) -> None:
@@ -59,9 +81,11 @@ def _check_numbers(stage: StageConfig, place: str) -> None:
             f"{place}.losses: beta must lie in [0, 1] and temperature above 0, got "
             f"{stage.losses.beta} and {stage.losses.temperature}"
         )
-    for key, least in (("learning_rate", 0.0), ("epochs", 0.0), ("global_batch_size", 0)):
-        if not least < getattr(stage, key) < math.inf:
+    for key in ("learning_rate", "epochs", "global_batch_size", "max_grad_norm"):
+        if not 0 < getattr(stage, key) < math.inf:
             raise RecipeError(f"{place}.{key}: got {getattr(stage, key)}, expected a finite number above 0")
+    if not 0 <= stage.warmup_ratio <= 1:
+        raise RecipeError(f"{place}.warmup_ratio: got {stage.warmup_ratio}, expected a share from 0 to 1")
     micro = stage.micro_batch_size
     if micro is not None and (micro < 1 or stage.global_batch_size % micro):
         raise RecipeError(

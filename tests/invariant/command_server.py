@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import runpy
+import signal
 import sys
 
 import llavakd.pipeline  # noqa: F401 - what takes so long to import
@@ -15,6 +16,7 @@ import llavakd.pipeline  # noqa: F401 - what takes so long to import
 def become_command(request: dict) -> None:
     """Turn this fresh process into the command: its own process group, its own files, nothing on standard input."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell in the background had turned off
     for number, path, flags in (
         (0, os.devnull, os.O_RDONLY),
         (1, request["out"], os.O_WRONLY | os.O_CREAT),

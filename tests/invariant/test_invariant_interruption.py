@@ -1,5 +1,6 @@
 """Through the command line: a run that was stopped, however rudely, ends with the bits of one that was not."""
 
+import contextlib
 import json
 import os
 import random
@@ -15,7 +16,9 @@ STAGES = ("dpt", "sft", "dft")
 
 
 def long_recipe(tiny, folder, **changes):
+    """More steps than usual; those of sft need more rows than the readers have ready when the step begins."""
     tree = tiny.tree() | changes
+    tree["stages"][1]["micro_batch_size"] = 1
     for stage in tree["stages"]:
         stage["epochs"] = 1.5
     return tiny.recipe(folder / "recipe.yaml", tree)
@@ -102,12 +105,13 @@ def test_ctrl_c_at_any_moment_exits_130_and_loses_nothing(tiny, command, tmp_pat
     """Also while models are loaded or written, before and between the loops that save."""
     recipe, moments = long_recipe(tiny, tmp_path), random.Random(1)
     stops = []
-    for _ in range(20):
+    for _ in range(10):
         pid = command.start("train", recipe, "--out", tmp_path / "run")
         time.sleep(moments.uniform(0.1, 0.8))
-        os.kill(pid, signal.SIGINT)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGINT)
         stopped = command.finish()
-        if "Report: " in stopped.out:  # nothing was left to stop
+        if "Done: " in stopped.out:  # nothing was left to stop
             break
         assert stopped.code == 130, stopped.err
         assert "the same command goes on from" in stopped.err
@@ -122,10 +126,10 @@ def test_kill_9_at_any_moment_loses_nothing(tiny, command, tmp_path, uninterrupt
     kills = 0
     for _ in range(80):
         pid = command.start("train", recipe, "--out", tmp_path / "run")
-        deadline = time.monotonic() + moments.uniform(0.15, 0.9)
+        deadline = time.monotonic() + moments.uniform(0.2, 1.2)
         while time.monotonic() < deadline and os.path.exists(f"/proc/{pid}/stat"):
             time.sleep(0.01)
-        if os.path.exists(f"/proc/{pid}/stat"):
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         ended = command.finish()
         if ended.code == 0:

@@ -174,7 +174,7 @@ class ChatRenderer:
         form = self.template
         if not form.keeps_question and (len(turns) > 2 or not turns[0].images):
             raise DataError(
-                f"row {row!r}: the pretrain template is for one picture and one caption, got {len(turns)} "
+                f"row {row!r}: the pretrain template is for a picture and its caption, got {len(turns)} "
                 f"turns and {turns[0].images} picture(s); use vicuna_v1 or chatml for this source"
             )
         yield form.system, False

@@ -24,7 +24,8 @@ class Counts(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """`total` is differentiable; `parts` are detached float32 scalars, already divided, before their weights."""
+    """`total` is differentiable; `parts` are the parts that weigh something: detached float32 scalars, already divided,
+    before their weights."""
 
     total: Tensor
     parts: dict[str, Tensor]
@@ -110,6 +111,7 @@ def objective(
         )
         total = total + losses.relation * relation
         parts["relation"] = relation.detach()
+    parts = {name: value for name, value in parts.items() if losses.weights[name]}
     return Objective(total, parts)
 
 

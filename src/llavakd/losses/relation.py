@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llavakd.losses.rows import shared_width
+
 
 def relation_distance(
     student_hidden: Tensor,
@@ -32,7 +34,11 @@ def relation_distance(
 
     Returns:
         float32 [B], in [0, 2].
+
+    Raises:
+        ValueError: heads of unequal width without `vocab_size`.
     """
+    vocab_size = shared_width(student_head, teacher_head, vocab_size)
     with torch.autocast(student_hidden.device.type, enabled=False):
         student = gram(student_hidden, student_head[:vocab_size], center=center, row_normalize=row_normalize)
         with torch.no_grad():

@@ -63,13 +63,16 @@ def distill_rows(
         backend: "torch" is the only one so far.
 
     Raises:
-        ValueError: heads of unequal width without `vocab_size`, a label outside it, unknown divergence or backend.
+        ValueError: heads of unequal width without `vocab_size`, a label outside it, a divergence without a teacher, or an
+            unknown divergence or backend.
     """
     if backend not in ("auto", "torch"):
         raise ValueError(f"backend {backend!r} is not known; use 'auto' or 'torch'")
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence {divergence!r} is not known; known: {', '.join(DIVERGENCES)}")
-    vocab_size = _shared_width(student_head, teacher_head, vocab_size)
+    vocab_size = shared_width(student_head, teacher_head, vocab_size)
+    if teacher_hidden is None and bool((kl_weight != 0).any()):
+        raise ValueError("kl_weight asks for a divergence, but teacher_hidden is None; give a teacher or zero weights")
     live = (ce_weight != 0) & (labels != IGNORE_INDEX) | (kl_weight != 0)
     chunk_rows = chunk_rows or max(1, _CHUNK_LOGITS // vocab_size)
     index = live.nonzero().squeeze(1)
@@ -141,7 +144,8 @@ def _check_labels(labels: Tensor, vocab_size: int) -> None:
         )
 
 
-def _shared_width(student_head: Tensor, teacher_head: Tensor | None, vocab_size: int | None) -> int:
+def shared_width(student_head: Tensor, teacher_head: Tensor | None, vocab_size: int | None) -> int:
+    """How many leading head rows take part; raises ValueError where the two heads leave it open."""
     student_rows = len(student_head)
     teacher_rows = student_rows if teacher_head is None else len(teacher_head)
     if vocab_size is None:

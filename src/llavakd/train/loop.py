@@ -23,7 +23,7 @@ from llavakd.data.collate import Batch, RowDataset, collate
 from llavakd.data.sampler import MicroBatches, Shard, word_lengths
 from llavakd.errors import UserError
 from llavakd.progress import Interrupted, bar, say
-from llavakd.train.checkpoint import load_checkpoint, newest_whole, prune, save_checkpoint
+from llavakd.train.checkpoint import load_checkpoint, newest_whole, prune, save_checkpoint, write_text
 from llavakd.train.optim import learning_rate, set_learning_rate
 from llavakd.train.step import StepResult, TrainState, train_step
 
@@ -235,7 +235,7 @@ def _drop_later_metrics(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError):
             break
-    path.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))
 
 
 @contextmanager
