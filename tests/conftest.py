@@ -104,11 +104,14 @@ def _write_mixed(world: Path, path: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """The tiny world and its parts; nobody may change them."""
+    import torch
+
     from llavakd.config import StudentConfig
     from llavakd.models.student import build_student, save_model
     from llavakd.shapes import write_world
     from llavakd.shapes.parts import write_parts
 
+    torch.set_num_threads(1)  # threads that wait for each other on a busy machine take minutes over tiny models
     root = tmp_path_factory.mktemp("tiny")
     write_world(root / "world", scenes=48, seed=3, test_questions=12)
     parts = root / "parts"

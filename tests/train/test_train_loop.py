@@ -1,5 +1,6 @@
 """A stage that is told to stop stops after the step in progress, also when that step is the last."""
 
+import multiprocessing
 import os
 import signal
 
@@ -19,10 +20,11 @@ from llavakd.train.step import StudentModule, TrainState
 
 
 @pytest.fixture
-def start_stage(tiny, tmp_path):
+def start_stage(request, tiny, tmp_path):
     """A function that begins or goes on with a stage of four steps in one folder, as a new process would."""
     tree = tiny.tree()
-    tree["stages"] = [tree["stages"][1] | {"data": "mixed", "epochs": 1}]
+    tree["stages"] = [tree["stages"][1] | {"data": "mixed", "epochs": 1, "micro_batch_size": 1}]
+    tree["workers"] = getattr(request, "param", 0)
     recipe = parse_recipe(tree)
     (stage,) = recipe.stages
     student_config = StudentConfig(
@@ -73,6 +75,21 @@ def test_a_signal_stops_the_stage_after_its_step_and_the_next_start_goes_on(monk
     progress = start_stage()
     assert progress.step == 4
     assert steps == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("start_stage", [2], indirect=True)
+def test_readers_in_other_processes_outlive_the_ctrl_c_that_reaches_them_too(monkeypatch, start_stage):
+    def step_after_signal(state, batches, *, step):
+        if step == 0:  # rows of the later steps are not read yet
+            readers = multiprocessing.active_children()
+            assert len(readers) == 2
+            for reader in readers:
+                os.kill(reader.pid, signal.SIGINT)
+        return train_step(state, batches, step=step)
+
+    train_step = loop.train_step
+    monkeypatch.setattr(loop, "train_step", step_after_signal)
+    assert start_stage().step == 4
 
 
 def test_a_finished_stage_takes_no_further_step(monkeypatch, start_stage):

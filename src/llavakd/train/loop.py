@@ -154,7 +154,7 @@ def _batches(
         pin_memory=state.accelerator.device.type == "cuda",
         worker_init_fn=_ignore_interrupt,
     )
-    return _plain_errors(loader)
+    return _plain_errors(iter(loader))
 
 
 def _plain_errors(batches: Iterable[Batch]) -> Iterator[Batch]:
