@@ -323,14 +323,14 @@ def test_differing_keys_name_every_leaf_with_both_values():
     ]
 
 
-def test_the_control_twin_differs_in_names_and_losses_only(path):
+def test_the_control_twin_differs_in_names_losses_and_teacher_only(path):
     recipe = load_recipe(path)
     twin = control_twin(recipe)
     assert twin.name == "pt-sft-sft"
     assert [stage.name for stage in twin.stages] == ["pt", "sft", "sft2"]
     assert all(stage.losses == LossConfig(ce=1.0) for stage in twin.stages)
     expected = copy.deepcopy(to_tree(recipe))
-    expected["name"] = "pt-sft-sft"
+    expected |= {"name": "pt-sft-sft", "teacher": None}
     for stage, name in zip(expected["stages"], ("pt", "sft", "sft2"), strict=True):
         stage["name"], stage["losses"] = name, dataclasses.asdict(LossConfig(ce=1.0))
     assert to_tree(twin) == expected

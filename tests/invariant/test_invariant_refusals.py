@@ -45,7 +45,7 @@ REFUSALS = {
     "a batch that does not divide": ("stages.0.micro_batch_size", 3, ["micro_batch_size: got 3", "divisor"]),
     "unequal visual tokens": ("student.vision_feature_select_strategy", "default", ["student 15, teacher 16"]),
     "rows longer than a picture allows": ("data.pretrain.max_length", 8, ["max_length 8 cuts through a picture"]),
-    "another template's data": ("data.instruct.template", "pretrain", ["pretrain template is for one picture"]),
+    "another template's data": ("data.instruct.template", "pretrain", ["the pretrain template is for"]),
     "missing pictures": ("data.pretrain.images", "nowhere/pictures", ["cannot read picture", "nowhere/pictures"]),
     "a rate that makes no sense": ("stages.0.learning_rate", 1.0e36, ["stage dpt, step", "lower learning_rate"]),
 }
@@ -88,6 +88,7 @@ def test_a_wrong_override_is_named(tiny, command, tmp_path):
 def test_a_wrong_use_of_the_command_exits_2(command):
     assert command("train", "--nonsense").code == 2
     assert command("trian").code == 2
+    assert command("eval", "model", "--data", "rows.json", "--template", "chat").code == 2
 
 
 def test_evaluation_prints_one_json_object_that_agrees_with_its_predictions(tiny, command, tmp_path):
@@ -104,7 +105,7 @@ def test_evaluation_prints_one_json_object_that_agrees_with_its_predictions(tiny
     ("change", "said"),
     [
         ({"--data": "nowhere.json"}, "nowhere.json"),
-        ({"--template": "chat"}, "chatml"),
+        ({"--images": "nowhere"}, "nowhere"),
         ({"MODEL": "nowhere"}, "nowhere"),
     ],
 )

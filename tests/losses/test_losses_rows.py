@@ -171,8 +171,11 @@ def test_the_default_chunk_bounds_the_logits_held(monkeypatch):
 def test_without_a_teacher_there_is_cross_entropy_alone():
     given = inputs()
     given["teacher_hidden"] = given["teacher_head"] = None
-    compare(given | {"kl_weight": torch.zeros(N)}, SHARED, vocab_size=SHARED, tolerance=2e-5)
-    assert distill_rows(**given, vocab_size=SHARED).kl.detach() == 0
+    plain = given | {"kl_weight": torch.zeros(N)}
+    compare(plain, SHARED, vocab_size=SHARED, tolerance=2e-5)
+    assert distill_rows(**plain, vocab_size=SHARED).kl.detach() == 0
+    with pytest.raises(ValueError, match="teacher_hidden is None"):
+        distill_rows(**given, vocab_size=SHARED)
 
 
 def test_no_gradient_reaches_the_teacher():

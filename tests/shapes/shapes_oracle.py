@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from llavakd.shapes.scenes import Scene, Thing, caption
 
-GRID = ["top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right"]
+GRID = ["northwest", "north", "northeast", "west", "center", "east", "southwest", "south", "southeast"]
 NUMBERS = ["zero", "one", "two", "three", "four", "five"]
 STEPS = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}
 WAY = "(above|below|left of|right of)"
@@ -68,7 +68,7 @@ ORACLE: dict[str, tuple[str, Callable[[Scene, Parts], str]]] = {
         r"how many (\w+) things\?",
         lambda scene, parts: NUMBERS[sum(thing.color == parts[0] for thing in scene.things)],
     ),
-    "place": (r"what is at the ([\w ]+)\?", place),
+    "place": (r"what is in the (\w+)\?", place),
     "where": (
         r"where is the (\w+ \w+)\?",
         lambda scene, parts: GRID[only(scene, parts[0])[0] + 3 * only(scene, parts[0])[1]],

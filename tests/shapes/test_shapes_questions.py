@@ -70,7 +70,7 @@ def test_several_questions_differ_and_mix_kinds() -> None:
 def test_a_caption_tells_different_scenes_apart_and_reads_in_order() -> None:
     one = Thing(shape="circle", color="red", size="big", cell=0)
     other = Thing(shape="square", color="blue", size="small", cell=4)
-    assert caption(Scene(things=(one, other))) == "top left big red circle, center small blue square."
+    assert caption(Scene(things=(one, other))) == "northwest big red circle, center small blue square."
     rng = np.random.default_rng(3)
     scenes = {random_scene(rng) for _ in range(3000)}
     assert len({caption(scene) for scene in scenes}) == len(scenes)

@@ -39,14 +39,15 @@ def pairs_of(row: Row) -> list[tuple[str, str]]:
 
 
 def scene_from(words: str) -> Scene:
-    """Read a caption back."""
+    """Read a caption back, in whatever order it names the things."""
     parts = [part.rsplit(" ", 3) for part in words.removesuffix(".").split(", ")]
-    return Scene(things=tuple(Thing(shape=s, color=c, size=z, cell=PLACES.index(p)) for p, z, c, s in parts))
+    things = [Thing(shape=s, color=c, size=z, cell=PLACES.index(p)) for p, z, c, s in parts]
+    return Scene(things=tuple(sorted(things, key=lambda thing: thing.cell)))
 
 
 def told_in(text: str) -> tuple[Scene, str]:
-    """The scene and the question of ``scene: ... . question?``."""
-    found = re.fullmatch(r"scene: ([^.]+\.) ([^.]+\?)", text)
+    """The scene and the question of ``scene: ... . question?`` or ``scene: ... . describe the picture.``."""
+    found = re.fullmatch(r"scene: ([^.]+\.) ([^.]+[?.])", text)
     assert found, text
     return scene_from(found[1]), found[2]
 
@@ -99,7 +100,7 @@ def test_pictures_show_their_scene_in_plain_sight() -> None:
 
 def test_ground_is_gray_with_the_stated_noise_and_things_move() -> None:
     rng = np.random.default_rng(1)
-    scene = scene_from("top left big red square, bottom right small blue ring.")
+    scene = scene_from("northwest big red square, southeast small blue ring.")
     pictures = np.stack([np.asarray(draw(scene, rng)) for _ in range(50)]).astype(np.float64)
     empty = pictures[:, 16:32, 16:32]
     assert empty.mean() == pytest.approx(128, abs=0.5)
@@ -131,13 +132,16 @@ def test_every_row_is_a_llava_row(world: WorldSummary) -> None:
 
 
 def test_captions_and_answers_about_train_pictures_are_true(world: WorldSummary) -> None:
-    scenes = {}
+    scenes, shuffled = {}, 0
     for row in rows_of(world, "pretrain"):
         ((request, words),) = pairs_of(row)
         assert request == "describe the picture."
         scenes[row["image"]] = scene_from(words)
-        assert words == caption(seen_in(Image.open(world.directory / "images" / row["image"])))
+        shown = seen_in(Image.open(world.directory / "images" / row["image"]))
+        assert scenes[row["image"]] == shown
+        shuffled += words != caption(shown)
     assert len(scenes) == SCENES
+    assert 0.6 < shuffled / SCENES < 0.95, "captions are not in random order"
     assert len({caption(scene) for scene in scenes.values()}) > 0.98 * SCENES, "scenes repeat"
     for row in rows_of(world, "instruct"):
         if "image" in row:
@@ -160,24 +164,26 @@ def test_instruct_has_the_stated_mix(world: WorldSummary) -> None:
 
 
 def test_told_scenes_are_answered_truly(world: WorldSummary) -> None:
-    bare = 0
+    retold = other_order = 0
     texts = rows_of(world, "text")
     told = [row for row in rows_of(world, "instruct") if "image" not in row]
     assert len(texts) == 2 * SCENES
     for row in [*texts, *told]:
         (first, answer), *further = pairs_of(row)
-        if first == "describe the picture.":
-            assert not further
-            assert caption(scene_from(answer)) == answer
-            bare += 1
-            continue
         scene, question = told_in(first)
         assert split_of(scene) == "text"
+        if question == "describe the picture.":
+            assert not further
+            assert scene_from(answer) == scene
+            retold += 1
+            other_order += f"scene: {answer} " not in first
+            continue
         questions = [(question, answer), *further]
         assert len(dict(questions)) == len(questions)
         assert all(answer_of(scene, text) == answer for text, answer in questions)
         assert len(questions) in ((4, 5, 6) if row in texts else (1,))
-    assert 0.27 < bare / len(texts) < 0.4
+    assert 0.27 < retold / len(texts) < 0.4
+    assert 0.6 < other_order / retold < 0.95
 
 
 @pytest.mark.parametrize(("name", "count"), [("test", QUESTIONS), ("val", QUESTIONS // 2)])
@@ -196,8 +202,8 @@ def test_no_scene_is_in_two_splits(world: WorldSummary) -> None:
         split = path.stem.split("-")[0] if "-" in path.stem else "train"
         seen[split].add(caption(seen_in(Image.open(path))))
     for row in [*rows_of(world, "text"), *(row for row in rows_of(world, "instruct") if "image" not in row)]:
-        request, answer = pairs_of(row)[0]
-        seen["text"].add(answer if request == "describe the picture." else caption(told_in(request)[0]))
+        request, _ = pairs_of(row)[0]
+        seen["text"].add(caption(told_in(request)[0]))
     assert all(len(captions) >= 50 for captions in seen.values())
     assert sum(map(len, seen.values())) == len(set().union(*seen.values()))
 
@@ -218,7 +224,7 @@ def test_a_seed_decides_every_byte_however_many_work(tmp_path: Path) -> None:
             progress=lambda done, total: calls.append((done, total)),
         )
     one = contents(tmp_path / "one")
-    assert len(one) == 270 + 4 + 7 + 5
+    assert len(one) == 270 + 4 + 7 + 6
     assert one == contents(tmp_path / "two")
     other = contents(tmp_path / "other")
     assert other.keys() == one.keys()

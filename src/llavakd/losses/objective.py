@@ -24,8 +24,10 @@ class Counts(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """`total` is differentiable; `parts` are the parts that weigh something: detached float32 scalars, already divided,
-    before their weights."""
+    """What a micro-batch adds: `total` is differentiable; `parts` are detached float32 scalars, divided but not weighted.
+
+    Only the parts that weigh something are there.
+    """
 
     total: Tensor
     parts: dict[str, Tensor]

@@ -138,6 +138,8 @@ def save_model(student: VisionLanguageModel, folder: Path, *, template: str | No
     """Write a folder that stock LlavaForConditionalGeneration and AutoProcessor load; `template` sets the chat form."""
     config = student.model.config
     config.architectures = ["LlavaForConditionalGeneration"]
+    for part in (config.vision_config, config.text_config):
+        part._name_or_path = ""  # where the part lay on this machine is nobody's business
     generation = student.model.generation_config
     generation.pad_token_id = student.tokenizer.pad_token_id
     generation.eos_token_id = end_token_id(template, student.tokenizer) if template else student.tokenizer.eos_token_id
