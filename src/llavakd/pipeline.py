@@ -213,8 +213,8 @@ def _fingerprint(run: Run, index: int, ledger: _Ledger) -> dict[str, str]:
 
 
 def _weights_digest(source: str) -> list[str]:
-    """Digests of a local folder's weights; a hub name stands for itself."""
-    files = sorted([*Path(source).glob("*.safetensors"), *Path(source).glob("*.bin")])
+    """Digests of a local folder's config and weights; a hub name stands for itself."""
+    files = sorted(path for form in ("config.json", "*.safetensors", "*.bin") for path in Path(source).glob(form))
     return [file_digest(path) for path in files] or [source]
 
 

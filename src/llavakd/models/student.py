@@ -211,6 +211,9 @@ def _processor_settings(folder: str) -> dict[str, Any]:
 
 
 def _load(kind: Any, source: str, **options: Any) -> Any:
+    # A hub name is "owner/name"; asking a hub for anything else would only wait for its answer.
+    if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise ModelError(f"there is no folder {source!r}; give a local folder or a hub name")
     try:
         return kind.from_pretrained(source, **options)
     except (OSError, ValueError, SafetensorError) as error:

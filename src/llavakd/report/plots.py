@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -66,6 +67,9 @@ def loss_curves(results: Results) -> dict[str, str]:
             seen = [v for run in results.runs for v in _draw_run(axes, run, part, run_colour(results, run))]
             if seen and min(seen) > 0 and max(seen) > 30 * min(seen):
                 axes.set_yscale("log")
+                # The default writes powers as math text, which `text.parse_math` leaves as it stands.
+                axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axes.yaxis.set_minor_formatter(NullFormatter())
             _mark_stages(axes, results.runs)
             axes.set_xlabel("step")
             panels[part] = _svg(figure, f"loss-{part}")
