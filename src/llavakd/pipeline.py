@@ -287,7 +287,7 @@ def _dataset(
 def _feature_store(run: Run, source: str, student: VisionLanguageModel, samples: list[Sample]) -> FeatureStore:
     """Features of a source's pictures, encoded once; keyed by tower, processor and picture names."""
     images = run.recipe.data[source].images or ""
-    names = list(dict.fromkeys(name for sample in samples for name in sample.images))
+    names = sorted({name for sample in samples for name in sample.images})  # one store for all sources of one set
     tower = student.parts()["vision_tower"]
     digest = hashlib.sha256(json.dumps([images, names, student.image_processor.to_dict()], default=str).encode())
     for name, weight in tower.state_dict().items():
