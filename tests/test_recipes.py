@@ -8,7 +8,10 @@ import torch
 import yaml
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from llavakd.config import load_recipe, to_tree
+
 ROOT = Path(__file__).parents[1]
+LLAVA_KD = ROOT / "recipes" / "llava_kd"
 NLVR = ROOT.parent / "shared" / "data" / "nlvr"
 
 
@@ -80,3 +83,122 @@ def test_foreign_pictures_and_statements_go_through_three_stages(command, tmp_pa
     assert row["n"] > 50
     lines = (tmp_path / "run" / "evaluation" / "nlvr-smoke" / "predictions.jsonl").read_text().splitlines()
     assert len({json.loads(line)["id"].split("-")[2] for line in lines}) > 3
+
+
+# Width, inner width, layers, heads, key-value heads, tied, and the published number of parameters.
+QWEN = {
+    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, True, 494_032_768),
+    "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, True, 1_543_714_304),
+    "qwen2.5-3b": (2048, 11008, 36, 16, 2, True, 3_085_938_688),
+    "qwen1.5-0.5b": (1024, 2816, 24, 16, 16, True, 463_987_712),
+    "qwen1.5-1.8b": (2048, 5504, 24, 16, 16, False, 1_836_828_672),
+    "qwen1.5-4b": (2560, 6912, 40, 20, 20, False, 3_950_369_280),
+}
+STUDENTS = {
+    "qwen2.5-0.5b": "qwen2.5-3b",
+    "qwen2.5-1.5b": "qwen2.5-3b",
+    "qwen1.5-0.5b": "qwen1.5-4b",
+    "qwen1.5-1.8b": "qwen1.5-4b",
+}
+PLAIN = {
+    "teacher-qwen2.5-3b": ["pt", "sft"],
+    "teacher-qwen1.5-4b": ["pt", "sft"],
+    "qwen2.5-0.5b-pt-sft": ["pt", "sft"],
+    "qwen2.5-0.5b-pt-sft-sft": ["pt", "sft", "sft2"],
+}
+
+
+@pytest.fixture(scope="module")
+def true_configs(tmp_path_factory):
+    """config.json files of the true sizes: SigLIP, the Qwen models, and a LLaVA teacher of each."""
+    folder = tmp_path_factory.mktemp("configs")
+    tower = {"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "image_size": 384}
+    tower |= {"num_hidden_layers": 27, "num_attention_heads": 16, "patch_size": 14}
+    configs = {"tower": tower}
+    for name, (width, inner, layers, heads, groups, tied, _) in QWEN.items():
+        text = {"model_type": "qwen2", "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
+        text |= {"num_attention_heads": heads, "num_key_value_heads": groups, "tie_word_embeddings": tied}
+        configs[name] = text | {"vocab_size": 151_936}
+        llava = {
+            "model_type": "llava",
+            "vision_config": tower | {"vision_use_head": False},
+            "text_config": configs[name],
+        }
+        llava |= {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", "image_seq_length": 728}
+        configs[f"{name}-llava"] = llava | {"image_token_index": 151_665, "tie_word_embeddings": tied}
+    for name, config in configs.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def local(folder, name: str) -> list[str]:
+    """Overrides that put config folders in the place of hub names."""
+    teacher = STUDENTS.get(name)
+    language_model = name.removeprefix("teacher-").split("-pt-")[0]
+    changes = [f"student.vision_tower={folder / 'tower'}", f"student.language_model={folder / language_model}"]
+    return changes + ([f"teacher.path={folder / f'{teacher}-llava'}"] if teacher else [])
+
+
+def test_the_llava_kd_recipes_are_these():
+    assert {path.stem for path in LLAVA_KD.glob("*.yaml")} == {*STUDENTS, *PLAIN}
+
+
+@pytest.mark.parametrize("name", [*STUDENTS, *PLAIN])
+def test_the_llava_kd_recipes_hold_the_published_values(name):
+    recipe = load_recipe(LLAVA_KD / f"{name}.yaml")
+    assert recipe.name == name
+    assert [stage.name for stage in recipe.stages] == PLAIN.get(name, ["dpt", "sft", "dft"])
+    assert recipe.seed == 1234
+    assert recipe.gradient_checkpointing
+    hub = recipe.student.language_model
+    assert hub.lower() == "qwen/" + name.removeprefix("teacher-").split("-pt-")[0]
+    student = (recipe.student.vision_tower, recipe.student.vision_feature_layer, recipe.student.projector)
+    assert student == ("google/siglip-so400m-patch14-384", -2, "mlp2x_gelu")
+    assert recipe.student.vision_feature_select_strategy == "default"
+    for stage in recipe.stages:
+        first = stage is recipe.stages[0]
+        assert stage.train == (("projector",) if first else ("projector", "language_model"))
+        assert stage.data == ("pretrain" if first else "instruct")
+        assert (stage.learning_rate, stage.global_batch_size) == ((1e-3, 256) if first else (2e-5, 128))
+        assert (stage.epochs, stage.warmup_ratio, stage.weight_decay, stage.max_grad_norm) == (1, 0.03, 0, 1)
+        assert (stage.grouping == "none") == first
+        distils = stage.name in ("dpt", "dft")
+        assert list(stage.losses.weights.values()) == ([1, 1, 1, 0.5] if distils else [1, 0, 0, 0])
+        assert (stage.losses.divergence, stage.losses.temperature) == ("forward_kl", 1)
+        assert stage.reduction == ("token" if name.startswith("teacher") else "sample")
+    assert {source.max_length for source in recipe.data.values()} == {2048}
+    assert [recipe.data[source].template for source in ("pretrain", "instruct")] == ["pretrain", "vicuna_v1"]
+    if name in STUDENTS:
+        assert recipe.teacher.path == f"runs/teacher-{STUDENTS[name]}/sft/model"
+
+
+def test_the_control_recipe_is_the_distilled_one_without_a_teacher():
+    distilled, control = (to_tree(load_recipe(LLAVA_KD / f"qwen2.5-0.5b{end}.yaml")) for end in ("", "-pt-sft-sft"))
+    for tree in (distilled, control):
+        for key in ("name", "teacher"):
+            tree.pop(key)
+        for stage in tree["stages"]:
+            del stage["name"], stage["losses"]
+    assert distilled == control
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-0.5b"])
+def test_plan_runs_on_the_llava_kd_recipes_at_their_true_sizes(command, true_configs, name):
+    words = [LLAVA_KD / f"{name}.yaml", *local(true_configs, name), "--gpu", "H100", "--gpus", 8, "--json"]
+    done = command("plan", *words)
+    assert done.code == 0, done.err
+    plan = json.loads(done.out)
+    language_model = name.removeprefix("teacher-")
+    assert plan["parameters"]["student"]["language_model"] == QWEN[language_model][-1]
+    if name in STUDENTS:
+        assert plan["parameters"]["teacher"]["language_model"] == QWEN[STUDENTS[name]][-1]
+    width = QWEN[language_model][0]
+    assert plan["stages"][0]["trainable"] == 1152 * width + width + width * width + width
+    assert [stage["steps"] for stage in plan["stages"]] == [2180, 5197, 5197][: len(plan["stages"])]
+    assert {stage["tokens"]["visual"] for stage in plan["stages"]} == {728}
+    assert all(stage["micro_batch_size"] * stage["accumulation"] * 8 in (128, 256) for stage in plan["stages"])
+    assert len([line for line in plan["assumptions"] if "no file" in line]) == 2
+    # Two FLOPs per parameter and token, were the embedding a product and attention free.
+    forward = 2 * 5197 * 128 * 928 * QWEN[language_model][-1]
+    assert 0.6 < plan["stages"][1]["flops"]["student_forward"] / forward < 1.3

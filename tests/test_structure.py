@@ -24,6 +24,7 @@ MAY_NOT_IMPORT = {
     "report": ("models", "train", "pipeline", "cli"),
     "shapes": ("models", "train", "evaluate", "report", "pipeline", "cli"),
     "pipeline": ("cli",),
+    "plan": ("cli", "pipeline", "evaluate", "report"),
 }
 
 

@@ -57,6 +57,25 @@ def train(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.key=value, stages by name")] = None,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU, such as A100-80, H100, RTX-4090.")] = "A100-80",
+    gpus: Annotated[int, typer.Option(help="How many of them.")] = 1,
+    efficiency: Annotated[float, typer.Option(help="Share of the GPU's bf16 rate that is reached.")] = 0.4,
+    rows: Annotated[int | None, typer.Option(help="Rows of a data file that is not there.")] = None,
+    text_tokens: Annotated[int | None, typer.Option(help="Text tokens of its mean row.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Say what RECIPE would cost, without weights: parameters, tokens, FLOPs, memory and hours of every stage."""
+    from llavakd.plan import plan_run
+
+    loaded = load_recipe(recipe, overrides or [])
+    plan = plan_run(loaded, gpu=gpu, gpus=gpus, efficiency=efficiency, rows=rows, text_tokens=text_tokens)
+    print(json.dumps(plan)) if as_json else _print_plan(plan)  # noqa: T201
+
+
+@app.command()
 def shapes(
     directory: Annotated[Path, typer.Argument(help="A new or empty folder.")],
     scenes: Annotated[int, typer.Option(help="Train scenes.")] = 2000,
@@ -121,6 +140,19 @@ def report(
     print(f"Report: {folder / 'report.html'}")  # noqa: T201
 
 
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A TinyLLaVA, LLaVA-KD or LLaVA-1.5 checkpoint folder.")],
+    target: Annotated[Path, typer.Argument(help="A new or empty folder.")],
+    tokenizer: Annotated[str | None, typer.Option(help="Where SOURCE has none; folder or hub name.")] = None,
+    vision_tower: Annotated[str | None, typer.Option(help="Where its image processor (and tower) is.")] = None,
+) -> None:
+    """Write a checkpoint of another project as a transformers folder that computes the same."""
+    from llavakd.models.tinyllava import convert as convert_checkpoint
+
+    print(convert_checkpoint(source, target, tokenizer=tokenizer, vision_tower=vision_tower))  # noqa: T201
+
+
 def _print_results(results: dict) -> None:
     table = Table("model", "accuracy", "majority", "questions", "steps", "seconds")
     for row in results["rows"]:
@@ -128,6 +160,34 @@ def _print_results(results: dict) -> None:
         counts = [f"{row[key]:.0f}" if row.get(key) is not None else "-" for key in ("n", "steps", "train_seconds")]
         table.add_row(row["name"], *shown, *counts)
     Console().print(table)
+
+
+def _print_plan(plan: dict) -> None:
+    columns = [
+        {
+            "parameters that learn": f"{stage['trainable']:,}",
+            "visual + text tokens per row": "{visual:.0f} + {text:.0f}".format(**stage["tokens"]),
+            "steps": f"{stage['steps']:,}",
+            "micro-batch x accumulation": "{micro_batch_size} x {accumulation}".format(**stage),
+            **{f"PFLOP {part}": f"{value / 1e15:,.1f}" for part, value in stage["flops"].items()},
+            **{f"GiB {part}": f"{value / 2**30:.2f}" for part, value in stage["memory"].items()},
+            f"hours on {plan['gpus']} x {plan['gpu']}": f"{stage['hours']:.2f}",
+        }
+        for stage in plan["stages"]
+    ]
+    table = Table("", *(stage["name"] for stage in plan["stages"]))
+    for label in max(columns, key=len):
+        table.add_row(label, *(column.get(label, "-") for column in columns))
+    Console().print(table)
+    for model, parts in plan["parameters"].items():
+        print(f"{model}: " + ", ".join(f"{part} {count:,}" for part, count in parts.items()))  # noqa: T201
+    hours = sum(stage["hours"] for stage in plan["stages"])
+    print(f"{hours:.1f} hours in all, estimated at {plan['efficiency']:.0%} of the GPUs' bf16 rate")  # noqa: T201
+    for line in plan["assumptions"]:
+        say(f"assumed: {line}")
+    for stage in plan["stages"]:
+        if stage["advice"]:
+            say(f"warning: stage {stage['name']} will not fit on {plan['gpu']}; change: {stage['advice']}")
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ class StudentConfig:
     __pydantic_config__ = _STRICT
     vision_tower: str
     language_model: str
-    projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
+    projector: Literal["mlp2x_gelu", "linear"] = "mlp2x_gelu"
     vision_feature_layer: int = -2
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     from_scratch: tuple[Literal["vision_tower", "language_model"], ...] = ()
@@ -82,9 +82,9 @@ class LossConfig:
     response_kl: float = 0.0
     visual_kl: float = 0.0
     relation: float = 0.0
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "total_variation"] = "forward_kl"
     beta: float = 0.5
-    """Mixture of `jsd`: 0 is forward KL, 1 reverse KL."""
+    """Mixture of `jsd` (0 is forward KL, 1 reverse KL), or skew of `skewed_kl`."""
     temperature: float = 1.0
     relation_center: bool = False
     """Subtract the mean visual token before the Gram matrix."""

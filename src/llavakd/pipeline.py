@@ -35,7 +35,7 @@ from llavakd.data.samples import Sample, load_samples
 from llavakd.errors import UserError
 from llavakd.evaluate import evaluate_model
 from llavakd.evaluate.generate import make_renderer
-from llavakd.models.alignment import align
+from llavakd.models.alignment import Pair, align
 from llavakd.models.student import VisionLanguageModel, build_student, load_student, save_model, vision_features
 from llavakd.models.teacher import load_teacher
 from llavakd.progress import bar, say
@@ -231,7 +231,7 @@ def _run_one(run: Run, index: int, samples: list[Sample]) -> dict[str, Any]:
     pair = align(student, teacher) if teacher else None
     if pair and run.accelerator.is_main_process:
         say(pair.note)
-    dataset = _dataset(run, stage, student, samples, shared=pair is None or pair.shared_tower)
+    dataset = _dataset(run, stage, student, samples, pair, teacher)
     if run.recipe.gradient_checkpointing:
         student.model.gradient_checkpointing_enable()
     module = StudentModule(student, stage, pair.vocab_size if pair else None)
@@ -266,12 +266,17 @@ def _run_one(run: Run, index: int, samples: list[Sample]) -> dict[str, Any]:
 
 
 def _dataset(
-    run: Run, stage: StageConfig, student: VisionLanguageModel, samples: list[Sample], *, shared: bool
+    run: Run,
+    stage: StageConfig,
+    student: VisionLanguageModel,
+    samples: list[Sample],
+    pair: Pair | None,
+    teacher: VisionLanguageModel | None,
 ) -> RowDataset:
     data = run.recipe.data[stage.data]
     store = None
     if run.recipe.cache_features and any(sample.images for sample in samples):
-        if "vision_tower" in stage.train or not shared:
+        if "vision_tower" in stage.train or (pair and not pair.shared_tower):
             raise UserError(
                 f"cache_features: stage {stage.name} needs pixels, for its vision tower learns or the teacher's differs; "
                 "set cache_features: false"
@@ -279,7 +284,12 @@ def _dataset(
         with run.accelerator.main_process_first():
             store = _feature_store(run, stage.data, student, samples)
     return RowDataset(
-        samples, make_renderer(student, data), images=data.images, image_processor=student.image_processor, store=store
+        samples,
+        make_renderer(student, data),
+        images=data.images,
+        image_processor=student.image_processor,
+        teacher_processor=teacher.image_processor if teacher and pair and not pair.shared_pixels else None,
+        store=store,
     )
 
 

@@ -20,17 +20,22 @@ def kl64(p: Tensor, q: Tensor) -> Tensor:
 
 
 def divergence64(kind: str, p: Tensor, q: Tensor, beta: float) -> Tensor:
-    """P teacher, Q student: KL(P|Q), KL(Q|P), or beta KL(P|M) + (1 - beta) KL(Q|M), M = beta P + (1 - beta) Q."""
+    """P teacher, Q student, M = beta P + (1 - beta) Q: KL(P|Q), KL(Q|P), beta KL(P|M) + (1 - beta) KL(Q|M), KL(P|M) or
+    half the sum of |P - Q|."""
+    if kind == "total_variation":
+        return (p - q).abs().sum() / 2
     if kind == "reverse_kl" or (kind == "jsd" and beta == 1):
         return kl64(q, p)
     if kind == "forward_kl" or beta == 0:
         return kl64(p, q)
     middle = beta * p + (1 - beta) * q
+    if kind == "skewed_kl":
+        return kl64(p, middle)
     return beta * kl64(p, middle) + (1 - beta) * kl64(q, middle)
 
 
-def row_ce64(hidden: Tensor, head: Tensor, label: int, width: int) -> Tensor:
-    return -torch.log(softmax64(head[:width] @ hidden)[label])
+def row_ce64(hidden: Tensor, head: Tensor, label: int, width: int, form=lambda logits: logits) -> Tensor:
+    return -torch.log(softmax64(form(head[:width] @ hidden))[label])
 
 
 def row_divergence64(
@@ -40,9 +45,13 @@ def row_divergence64(
     kind: str = "forward_kl",
     beta: float = 0.5,
     temperature: float = 1.0,
+    forms: tuple = (lambda logits: logits, lambda logits: logits),
 ) -> Tensor:
     """`student` and `teacher` are (hidden of one position, head)."""
-    q, p = (softmax64(head[:width] @ hidden / temperature) for hidden, head in (student, teacher))
+    q, p = (
+        softmax64(form(head[:width] @ hidden) / temperature)
+        for (hidden, head), form in zip((student, teacher), forms, strict=True)
+    )
     return divergence64(kind, p, q, beta)
 
 

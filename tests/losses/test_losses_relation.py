@@ -6,6 +6,7 @@ import pytest
 import torch
 from losses_oracle import assert_near, double, relation64
 
+from llavakd.losses import relation as relation_module
 from llavakd.losses.relation import gram, relation_distance
 
 SHARED = 123
@@ -129,3 +130,47 @@ def test_no_gradient_reaches_the_teacher():
     assert given[1].grad.any()
     assert given[2].grad is None
     assert given[3].grad is None
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_picture_with_fewer_tokens_is_that_of_its_valid_ones(options):
+    given = inputs()
+    valid = torch.ones(3, 47, dtype=torch.bool)
+    valid[1, 20:] = False
+    valid[2, ::3] = False
+    with torch.no_grad():
+        given[0][~valid], given[2][~valid] = float("inf"), 1e3  # padding may hold anything
+    got = relation_distance(*given, vocab_size=SHARED, valid=valid, **options)
+    (grad,) = torch.autograd.grad(got.sum(), given[0])
+    for index in range(3):
+        kept = [given[side][index : index + 1, valid[index]].detach() for side in (0, 2)]
+        kept[0].requires_grad_(True)
+        alone = relation_distance(kept[0], given[1], kept[1], given[3], vocab_size=SHARED, **options)
+        assert_near(got[index : index + 1], alone)
+        assert_near(grad[index][valid[index]], torch.autograd.grad(alone.sum(), kept[0])[0][0], 1e-4)
+    assert not grad[~valid].any()
+
+
+def test_the_square_of_a_frozen_head_is_made_once_and_again_after_a_change(monkeypatch):
+    made, product = [], relation_module.product
+    monkeypatch.setattr(relation_module, "product", lambda *a: made.append(1) or product(*a))
+    given = [tensor.detach() for tensor in inputs()]
+    before = relation_distance(*given, vocab_size=SHARED)
+    assert len(made) == 2
+    assert torch.equal(relation_distance(*given, vocab_size=SHARED), before)
+    assert len(made) == 2
+    given[3][3] += 1
+    assert not torch.equal(relation_distance(*given, vocab_size=SHARED), before)
+    assert len(made) == 3
+    relation_distance(*given, vocab_size=SHARED - 1)
+    assert len(made) == 5, "another vocabulary is another square"
+    given[1].requires_grad_(True)
+    for _ in range(2):
+        relation_distance(*given, vocab_size=SHARED - 1)
+    assert len(made) == 7, "a head that learns is squared every time"
+
+
+def test_second_derivatives_are_refused():
+    given = inputs()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(relation_distance(*given, vocab_size=SHARED).sum(), given[1], create_graph=True)

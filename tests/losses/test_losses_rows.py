@@ -7,9 +7,20 @@ import torch
 from losses_oracle import IGNORE, assert_near, double, row_ce64, row_divergence64
 
 from llavakd.losses import rows as rows_module
-from llavakd.losses.rows import distill_rows
+from llavakd.losses.divergence import Divergence
+from llavakd.losses.rows import LogitForm, distill_rows
 
-KINDS = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.0), ("jsd", 1.0)]
+KINDS = [
+    ("forward_kl", 0.5),
+    ("reverse_kl", 0.5),
+    ("jsd", 0.5),
+    ("jsd", 0.1),
+    ("jsd", 0.0),
+    ("jsd", 1.0),
+    ("skewed_kl", 0.1),
+    ("skewed_kl", 0.0),
+    ("total_variation", 0.5),
+]
 N, D_S, D_T, SHARED, V_S, V_T = 47, 31, 19, 123, 131, 127
 
 
@@ -158,14 +169,93 @@ def test_the_chunk_size_does_not_matter(chunk_rows):
 
 
 def test_the_default_chunk_bounds_the_logits_held(monkeypatch):
-    held = []
-    chunk = rows_module._chunk
-    monkeypatch.setattr(rows_module, "_CHUNK_LOGITS", 10 * SHARED)
-    monkeypatch.setattr(rows_module, "_chunk", lambda *a: held.append(len(a[0])) or chunk(*a))
+    held, project = [], rows_module.product
+    monkeypatch.setitem(rows_module.CHUNK_BYTES, "cpu", 8 * 10 * SHARED)
+    monkeypatch.setattr(rows_module, "product", lambda a, b: held.append((len(a), b.shape[1])) or project(a, b))
+    distill_rows(**inputs(), vocab_size=SHARED)
+    logits = [rows for rows, width in held if width == SHARED]
+    assert max(logits) == 10
+    assert 80 < sum(logits) < 2 * N, "every row with a weight is computed once for both models, the others never"
+
+
+def sweeps(monkeypatch) -> list:
+    made, run = [], rows_module._Sweep.run
+    monkeypatch.setattr(rows_module._Sweep, "run", lambda self, *a: made.append(1) or run(self, *a))
+    return made
+
+
+def test_a_plain_sum_costs_one_pass_and_unequal_weights_afterwards_a_second_one(monkeypatch):
+    made, given = sweeps(monkeypatch), inputs()
+    result = distill_rows(**given, vocab_size=SHARED)
+    once = torch.autograd.grad(3 * (result.ce + result.kl), [given["student_hidden"], given["student_head"]])
+    assert len(made) == 1
+    result = distill_rows(**given, vocab_size=SHARED)
+    again = torch.autograd.grad(3 * result.ce + 3.0 * result.kl, [given["student_hidden"], given["student_head"]])
+    assert len(made) == 3
+    for one, other in zip(once, again, strict=True):
+        assert_near(one, other)
+
+
+def test_backward_twice_over_one_graph_gives_the_same_gradient():
     given = inputs()
-    distill_rows(**given, vocab_size=SHARED)
-    assert max(held) == 10
-    assert 40 < sum(held) < N, "every row with a weight is computed once, the others never"
+    result = distill_rows(**given, vocab_size=SHARED)
+    total, wanted = result.ce + result.kl, [given["student_hidden"], given["student_head"]]
+    first = [grad.clone() for grad in torch.autograd.grad(total, wanted, retain_graph=True)]
+    for one, other in zip(first, torch.autograd.grad(total, wanted), strict=True):
+        assert_near(one, other)
+
+
+def test_second_derivatives_are_refused():
+    given = inputs()
+    result = distill_rows(**given, vocab_size=SHARED)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(result.ce + result.kl, given["student_hidden"], create_graph=True)
+
+
+@pytest.mark.parametrize(("kind", "beta"), [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.3), ("skewed_kl", 0.1)])
+def test_gradcheck_in_float64(kind, beta):
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    fixed = {"ce_weight": torch.tensor([1.0, 0.5, 0.0, 2.0]), "kl_weight": torch.tensor([0.3, 0.0, 1.0, 0.7])}
+    fixed |= {"teacher_hidden": draw(4, 2), "teacher_head": draw(5, 2), "labels": torch.tensor([4, 0, 2, IGNORE])}
+
+    def losses(hidden, head):
+        return distill_rows(hidden, head, **fixed, divergence=kind, beta=beta, temperature=1.3, chunk_rows=3)[:2]
+
+    leaves = draw(4, 3).requires_grad_(True), draw(5, 3).requires_grad_(True)
+    assert torch.autograd.gradcheck(losses, leaves)
+
+
+@pytest.mark.parametrize("forms", [((1.0, 30.0), (1.0, 0.0)), ((0.25, 0.0), (3.0, 5.0)), ((2.0, 1.5), (0.5, 2.0))])
+def test_soft_caps_and_scales_of_the_logits(forms):
+    given = inputs()
+
+    def bend(scale, cap):
+        return lambda logits: cap * torch.tanh(scale * logits / cap) if cap else scale * logits
+
+    curves = [bend(*form) for form in forms]
+    got = distill_rows(
+        **given,
+        vocab_size=SHARED,
+        temperature=1.4,
+        student_form=LogitForm(*forms[0]),
+        teacher_form=LogitForm(*forms[1]),
+    )
+    hidden, head = double(given["student_hidden"]), double(given["student_head"])
+    want = torch.zeros((), dtype=torch.float64)
+    for i in range(N):
+        if given["labels"][i] != IGNORE:
+            want = want + given["ce_weight"][i] * row_ce64(hidden[i], head, int(given["labels"][i]), SHARED, curves[0])
+        teacher = (given["teacher_hidden"][i].double(), given["teacher_head"].double())
+        distance = row_divergence64((hidden[i], head), teacher, SHARED, temperature=1.4, forms=tuple(curves))
+        want = want + given["kl_weight"][i] * distance
+    assert_near(got.ce + got.kl, want)
+    grads = torch.autograd.grad(got.ce + got.kl, [given["student_hidden"], given["student_head"]])
+    for grad, wanted in zip(grads, torch.autograd.grad(want, [hidden, head]), strict=True):
+        assert_near(grad, wanted)
 
 
 def test_without_a_teacher_there_is_cross_entropy_alone():
@@ -232,7 +322,7 @@ def test_a_label_outside_the_shared_vocabulary_is_refused(label):
         ({}, "131 and 127.*vocab_size"),
         ({"vocab_size": 128}, "128.*127"),
         ({"vocab_size": 0}, "between 1"),
-        ({"vocab_size": SHARED, "divergence": "kl"}, "'kl'.*forward_kl, reverse_kl, jsd"),
+        ({"vocab_size": SHARED, "divergence": "kl"}, "'kl'.*forward_kl, reverse_kl, jsd, skewed_kl"),
         ({"vocab_size": SHARED, "backend": "cuda"}, "'cuda'"),
     ],
 )
@@ -242,16 +332,16 @@ def test_wrong_arguments_are_named(change, message):
 
 
 FAULTS = {
-    "teacher and student swapped": lambda q, p, beta: (q.exp() * (q - p)).sum(-1),
-    "cross-entropy instead of divergence": lambda q, p, beta: -(p.exp() * q).sum(-1),
-    "mean over the vocabulary": lambda q, p, beta: (p.exp() * (p - q)).mean(-1),
-    "in bits": lambda q, p, beta: (p.exp() * (p - q)).sum(-1) / 0.6931,
+    "teacher and student swapped": lambda q, p, beta: (q.exp() * (q - p), -p.exp()),
+    "cross-entropy instead of divergence": lambda q, p, beta: (-p.exp() * q, -p.exp()),
+    "mean over the vocabulary": lambda q, p, beta: (p.exp() * (p - q) / q.shape[1], -p.exp()),
+    "the gradient of the reverse KL": lambda q, p, beta: (p.exp() * (p - q), q.exp() * (q - p)),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_comparison_detects_a_wrong_divergence(fault, monkeypatch):
-    monkeypatch.setitem(rows_module.DIVERGENCES, "forward_kl", FAULTS[fault])
+    monkeypatch.setitem(rows_module.DIVERGENCES, "forward_kl", Divergence(FAULTS[fault], total=-1.0))
     with pytest.raises(AssertionError, match="off by"):
         compare(inputs(), SHARED, vocab_size=SHARED)
 

@@ -10,7 +10,7 @@ import pytest
 from report_runs import Writer, flags
 
 from llavakd.report import collect, write_report
-from llavakd.report.html import page, pick_cases
+from llavakd.report.pages import page, pick_cases
 from llavakd.report.plots import gram_pictures, loss_curves
 
 SECTIONS = ("Results", "Accuracy by kind of question", "Loss curves", "Test pictures", "Cost", "Recipe", "Environment")

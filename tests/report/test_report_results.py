@@ -23,9 +23,9 @@ def test_rows_of_all_runs_are_merged_and_an_equal_teacher_is_kept_once(make_run:
     results = collect([first, second])
     assert [row.name for row in results.rows] == ["teacher", "pt-sft", "dpt-sft-dft"]
     assert [run.label for run in results.runs] == ["a", "b"]
-    assert [stage.name for stage in results.runs[0].stages] == ["dpt", "sft", "dft"]
+    assert list(results.runs[0].stages) == ["dpt", "sft", "dft"]
     assert len(results.rows[2].predictions) == 20
-    assert results.notes == ()
+    assert not results.notes
 
 
 def test_two_teachers_that_differ_are_refused(make_run: Writer) -> None:
@@ -119,14 +119,14 @@ def test_an_unfinished_stage_is_noted(make_run: Writer) -> None:
 def test_stages_keep_the_order_of_training_without_a_pipeline_file(make_run: Writer) -> None:
     run = make_run("a", {"pt-sft": flags(1, 2)})
     (run / "pipeline.json").unlink()
-    assert [stage.name for stage in collect([run]).runs[0].stages] == ["dpt", "sft", "dft"]
+    assert list(collect([run]).runs[0].stages) == ["dpt", "sft", "dft"]
 
 
 def test_a_resumed_stage_counts_each_step_once_and_the_later_line_wins(make_run: Writer) -> None:
     run = make_run("a", {"pt-sft": flags(1, 2)})
     lines = [{"step": 1, "loss": 9.0}, {"step": 2, "loss": 8.0}, {"step": 2, "loss": 7.0}, {"step": 3, "loss": 6.0}]
     (run / "dpt" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert [line["loss"] for line in collect([run]).runs[0].stages[0].metrics] == [9.0, 7.0, 6.0]
+    assert [line["loss"] for line in collect([run]).runs[0].stages["dpt"]] == [9.0, 7.0, 6.0]
 
 
 def test_a_gram_matrix_of_another_picture_is_left_out(make_run: Writer) -> None:

@@ -8,6 +8,7 @@ from llavakd.shapes.scenes import Scene, Thing, caption
 GRID = ["northwest", "north", "northeast", "west", "center", "east", "southwest", "south", "southeast"]
 NUMBERS = ["zero", "one", "two", "three", "four", "five"]
 STEPS = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}
+AT = r"the thing in the (\w+)"
 WAY = "(above|below|left of|right of)"
 Parts = tuple[str, ...]
 
@@ -16,11 +17,11 @@ def spots(scene: Scene) -> dict[tuple[int, int], Thing]:
     return {(thing.cell % 3, thing.cell // 3): thing for thing in scene.things}
 
 
-def only(scene: Scene, words: str) -> tuple[int, int]:
-    """The spot of the one thing of that shape, or colour and shape; the question is unfair if there are more."""
-    matching = [spot for spot, t in spots(scene).items() if f"{t.color} {t.shape}".endswith(words)]
-    assert len(matching) == 1, f"{words!r} is not unique in {caption(scene)}"
-    return matching[0]
+def thing_in(scene: Scene, place: str) -> tuple[int, int]:
+    """The spot of that name; the question is unfair if nothing is there."""
+    spot = (GRID.index(place) % 3, GRID.index(place) // 3)
+    assert spot in spots(scene), f"nothing is in the {place} of {caption(scene)}"
+    return spot
 
 
 def said(thing: Thing) -> str:
@@ -34,17 +35,20 @@ def place(scene: Scene, parts: Parts) -> str:
 
 
 def beside(scene: Scene, parts: Parts) -> str:
-    (x, y), (dx, dy) = only(scene, parts[1]), STEPS[parts[0]]
+    (x, y), (dx, dy) = thing_in(scene, parts[1]), STEPS[parts[0]]
     if found := spots(scene).get((x + dx, y + dy)):
         return said(found)
     assert (x + 2 * dx, y + 2 * dy) not in spots(scene), "a thing further on makes 'nothing' arguable"
     return "nothing"
 
 
-def relation(scene: Scene, parts: Parts) -> str:
-    (x, y), (u, v) = only(scene, parts[0]), only(scene, parts[2])
-    truth = {"above": y < v, "below": y > v, "left of": x < u, "right of": x > u}[parts[1]]
-    return "yes" if truth else "no"
+def bigger(scene: Scene, parts: Parts) -> str:
+    one, other = (spots(scene)[thing_in(scene, place)].size for place in parts)
+    return "yes" if (one, other) == ("big", "small") else "no"
+
+
+def exists(scene: Scene, parts: Parts) -> str:
+    return "yes" if any(thing.color == parts[0] for thing in scene.things) else "no"
 
 
 def compare(scene: Scene, parts: Parts) -> str:
@@ -55,30 +59,24 @@ def compare(scene: Scene, parts: Parts) -> str:
 
 
 def twostep(scene: Scene, parts: Parts) -> str:
-    (x, y), (dx, dy) = only(scene, parts[1]), STEPS[parts[0]]
+    (x, y), (dx, dy) = thing_in(scene, parts[1]), STEPS[parts[0]]
     return spots(scene)[x + dx, y + dy].color
 
 
 ORACLE: dict[str, tuple[str, Callable[[Scene, Parts], str]]] = {
-    "exists": (
-        r"is there a (\w+ \w+)\?",
-        lambda scene, parts: "yes" if parts[0] in map(said, scene.things) else "no",
-    ),
+    "exists": (r"is there a (\w+) thing\?", exists),
     "count": (
         r"how many (\w+) things\?",
         lambda scene, parts: NUMBERS[sum(thing.color == parts[0] for thing in scene.things)],
     ),
     "place": (r"what is in the (\w+)\?", place),
-    "where": (
-        r"where is the (\w+ \w+)\?",
-        lambda scene, parts: GRID[only(scene, parts[0])[0] + 3 * only(scene, parts[0])[1]],
-    ),
-    "color": (r"what color is the (\w+)\?", lambda scene, parts: spots(scene)[only(scene, parts[0])].color),
-    "size": (r"is the (\w+ \w+) big or small\?", lambda scene, parts: spots(scene)[only(scene, parts[0])].size),
-    "beside": (rf"what is {WAY} the (\w+ \w+)\?", beside),
-    "relation": (rf"is the (\w+ \w+) {WAY} the (\w+ \w+)\?", relation),
+    "color": (rf"what color is {AT}\?", lambda scene, parts: spots(scene)[thing_in(scene, parts[0])].color),
+    "shape": (rf"what shape is {AT}\?", lambda scene, parts: spots(scene)[thing_in(scene, parts[0])].shape),
+    "size": (rf"is {AT} big or small\?", lambda scene, parts: spots(scene)[thing_in(scene, parts[0])].size),
+    "beside": (rf"what is {WAY} {AT}\?", beside),
+    "bigger": (rf"is {AT} bigger than {AT}\?", bigger),
     "compare": (r"are there more (\w+) things than (\w+) things\?", compare),
-    "twostep": (rf"what color is the thing {WAY} the (\w+)\?", twostep),
+    "twostep": (rf"what color is the thing {WAY} {AT}\?", twostep),
 }
 
 

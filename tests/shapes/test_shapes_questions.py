@@ -10,8 +10,8 @@ from shapes_oracle import ORACLE, answer_of
 from llavakd.shapes.questions import KINDS, ask, ask_several
 from llavakd.shapes.scenes import SPLITS, Scene, Thing, caption, random_scene, scene_in, split_of
 
-LIMITS = {"exists": 0.55, "size": 0.55, "relation": 0.55, "compare": 0.55, "count": 0.35}
-OPTIONS = {"count": 5, "where": 9, "color": 6, "twostep": 6, "place": 31, "beside": 31}
+LIMITS = {"exists": 0.55, "size": 0.55, "bigger": 0.6, "compare": 0.55, "count": 0.35}
+OPTIONS = {"count": 5, "shape": 5, "color": 6, "twostep": 6, "place": 31, "beside": 31}
 
 
 def test_the_oracle_covers_every_kind() -> None:
@@ -41,19 +41,6 @@ def test_answers_are_true_and_no_answer_is_a_good_guess(kind: str) -> None:
     assert tried < 6000 / 0.9, f"{kind} suits fewer than 45 % of scenes"
 
 
-def test_existence_is_not_given_away_by_the_colour_or_the_shape() -> None:
-    rng = np.random.default_rng(5)
-    misses = 0
-    for _ in range(1000):
-        scene = random_scene(rng)
-        question = ask(scene, "exists", rng)
-        assert question is not None
-        if question.answer == "no":
-            color, shape = question.text[len("is there a ") : -1].split()
-            misses += any(t.color == color for t in scene.things) and any(t.shape == shape for t in scene.things)
-    assert misses > 200, "too few absent things are near misses"
-
-
 def test_several_questions_differ_and_mix_kinds() -> None:
     rng = np.random.default_rng(2)
     kinds = 0
@@ -63,7 +50,6 @@ def test_several_questions_differ_and_mix_kinds() -> None:
         assert len({question.text for question in questions}) == 6
         assert all(question.answer == answer_of(scene, question.text) for question in questions)
         kinds += len({question.kind for question in questions})
-    # Where two equal things are all there is, only three kinds can be asked.
     assert kinds / 300 > 5.8
 
 

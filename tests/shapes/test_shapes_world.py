@@ -208,6 +208,13 @@ def test_no_scene_is_in_two_splits(world: WorldSummary) -> None:
     assert sum(map(len, seen.values())) == len(set().union(*seen.values()))
 
 
+def test_the_mixture_holds_what_it_says_in_another_order(world: WorldSummary) -> None:
+    rows = {name: rows_of(world, name) for name in ("pretrain", "instruct", "text", "mixed")}
+    made_of = [*rows["pretrain"], *rows["instruct"], *rows["text"][::24]]
+    assert sorted(map(json.dumps, rows["mixed"])) == sorted(map(json.dumps, made_of))
+    assert rows["mixed"][:50] != made_of[:50]
+
+
 def contents(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 

@@ -43,18 +43,21 @@ def student_of(tiny, *, own_tower: bool = False):
     )
 
 
-def batch_of(tiny, model, *, pictures: set[int], rows: int = 2):
+def batch_of(tiny, model, *, pictures: set[int], rows: int = 2, teacher_processor=None):
     data = DataConfig(path=str(tiny.mixed), images=str(tiny.world / "images"), template="chatml", max_length=400)
     samples = [sample for sample in load_samples(data) if len(sample.images) in pictures][:rows]
-    dataset = RowDataset(samples, make_renderer(model, data), images=data.images, image_processor=model.image_processor)
+    processors = {"image_processor": model.image_processor, "teacher_processor": teacher_processor}
+    dataset = RowDataset(samples, make_renderer(model, data), images=data.images, **processors)
     return collate([dataset[index] for index in range(rows)], pad_token_id=model.tokenizer.pad_token_id)
 
 
 @pytest.fixture(params=["shared tower"])
 def state(request, tiny):
     """A student and its teacher, ready for a step."""
-    student = student_of(tiny, own_tower=request.param != "shared tower")
+    student = student_of(tiny, own_tower=request.param == "towers of their own")
     student.train_only(STAGE.train)
+    if request.param == "pixels of their own":
+        student.image_processor.image_mean = [0.1, 0.5, 0.8]
     teacher = load_teacher(TeacherConfig(path=str(tiny.teacher), dtype="float32"))
     pair = align(student, teacher)
     module = StudentModule(student, STAGE, pair.vocab_size)
@@ -94,7 +97,8 @@ def stock_logits(model, batch):
 
 def expected_parts(student, teacher, batch) -> dict[str, float]:
     """The parts by the letter of the paper, each a mean over rows of row means, from the logits of stock models."""
-    ours, theirs = stock_logits(student, batch), stock_logits(teacher, batch)
+    own = batch.pixel_values if batch.teacher_pixel_values is None else batch.teacher_pixel_values
+    ours, theirs = stock_logits(student, batch), stock_logits(teacher, dataclasses.replace(batch, pixel_values=own))
     kl = (theirs.softmax(-1) * (theirs.log_softmax(-1) - ours.log_softmax(-1))).sum(-1)
     sums = dict.fromkeys(("ce", "response_kl", "visual_kl", "relation"), 0.0)
     for row in range(len(ours)):
@@ -110,11 +114,13 @@ def expected_parts(student, teacher, batch) -> dict[str, float]:
     return {name: float(value) / len(ours) for name, value in sums.items()}
 
 
-@pytest.mark.parametrize("state", ["shared tower", "towers of their own"], indirect=True)
+@pytest.mark.parametrize("state", ["shared tower", "towers of their own", "pixels of their own"], indirect=True)
 def test_the_parts_equal_the_papers_formulas_on_the_logits_of_stock_models(state, tiny):
-    """Each model sees through its own tower: stock models know no other."""
+    """Each model sees its own pixels through its own tower: stock models know no other."""
     assert state.pair.vocab_size == len(state.student.tokenizer) < len(state.student.head)
-    batch = batch_of(tiny, state.student, pictures={0, 1, 2}, rows=32)
+    own = None if state.pair.shared_pixels else state.teacher.image_processor
+    batch = batch_of(tiny, state.student, pictures={0, 1, 2}, rows=32, teacher_processor=own)
+    assert own is None or not torch.equal(batch.pixel_values, batch.teacher_pixel_values)
     assert sorted(set(torch.bincount(batch.image_rows, minlength=32).tolist())) == [0, 1, 2]
     expected = expected_parts(state.student, state.teacher, batch)
     parts = train_step(state, [batch], step=0).parts

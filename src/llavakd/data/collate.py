@@ -25,6 +25,7 @@ class Batch:
     segments: uint8 [B, T], a Segment each.
     pixel_values: float32 [P, 3, H, W], or None without pictures or with cached features.
     features: the frozen tower's output [P, N, D_v], or None.
+    teacher_pixel_values: the same pictures through the teacher's own processor, or None where it shares the student's.
     """
 
     input_ids: Tensor
@@ -34,6 +35,7 @@ class Batch:
     image_rows: Tensor
     pixel_values: Tensor | None = None
     features: Tensor | None = None
+    teacher_pixel_values: Tensor | None = None
     sample_ids: tuple[str, ...] = ()
     truncated: int = 0
 
@@ -62,6 +64,7 @@ class Row:
     text: Rendered
     pixels: Tensor | None
     features: Tensor | None
+    teacher_pixels: Tensor | None = None
 
 
 class RowDataset(Dataset[Row]):
@@ -74,12 +77,14 @@ class RowDataset(Dataset[Row]):
         *,
         images: str | None,
         image_processor: Any,
+        teacher_processor: Any = None,
         store: FeatureStore | None = None,
     ) -> None:
         self.samples = samples
         self.renderer = renderer
         self.images = images or ""
         self.image_processor = image_processor
+        self.teacher_processor = teacher_processor
         self.store = store
 
     def __len__(self) -> int:
@@ -92,14 +97,20 @@ class RowDataset(Dataset[Row]):
         """The rows of one micro-batch together (torch's loader calls this): one tokenizer call for all."""
         samples = [self.samples[index] for index in indices]
         return [
-            Row(id=sample.id, text=text, pixels=self._pixels(sample), features=self._features(sample))
+            Row(
+                id=sample.id,
+                text=text,
+                pixels=self._pixels(sample, self.image_processor),
+                features=self._features(sample),
+                teacher_pixels=self._pixels(sample, self.teacher_processor),
+            )
             for sample, text in zip(samples, self.renderer.render_many(samples), strict=True)
         ]
 
-    def _pixels(self, sample: Sample) -> Tensor | None:
-        if self.store is not None or not sample.images:
+    def _pixels(self, sample: Sample, processor: Any) -> Tensor | None:
+        if processor is None or self.store is not None or not sample.images:
             return None
-        return load_pixels(self.images, sample.images, self.image_processor)
+        return load_pixels(self.images, sample.images, processor)
 
     def _features(self, sample: Sample) -> Tensor | None:
         return self.store.get(sample.images) if self.store is not None and sample.images else None
@@ -125,6 +136,7 @@ def collate(rows: Sequence[Row], *, pad_token_id: int) -> Batch:
     pictures = [row.pixels if row.pixels is not None else row.features for row in rows]
     image_rows = [index for index, tensor in enumerate(pictures) if tensor is not None for _ in range(len(tensor))]
     pixels = [row.pixels for row in rows if row.pixels is not None]
+    teacher_pixels = [row.teacher_pixels for row in rows if row.teacher_pixels is not None]
     features = [row.features for row in rows if row.features is not None]
     return Batch(
         input_ids=padded([row.text.ids for row in rows], pad_token_id, np.int64),
@@ -134,6 +146,7 @@ def collate(rows: Sequence[Row], *, pad_token_id: int) -> Batch:
         image_rows=torch.tensor(image_rows, dtype=torch.int64),
         pixel_values=torch.cat(pixels) if pixels else None,
         features=torch.cat(features) if features else None,
+        teacher_pixel_values=torch.cat(teacher_pixels) if teacher_pixels else None,
         sample_ids=tuple(row.id for row in rows),
         truncated=sum(row.text.truncated for row in rows),
     )

@@ -1,7 +1,5 @@
 """Generation, scoring and what the report needs to see of a model."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,27 +30,20 @@ def evaluate_model(
     name: str,
 ) -> dict[str, Any]:
     """Answer, score and write FOLDER/NAME/predictions.jsonl and gram.npy; returns the scores of one results row."""
+    label = f"evaluate {name}"
     answers = generate_answers(
-        model,
-        samples,
-        data,
-        batch_size=evaluation.batch_size,
-        max_new_tokens=evaluation.max_new_tokens,
-        label=f"evaluate {name}",
+        model, samples, data, batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens, label=label
     )
     place = folder / name
     place.mkdir(parents=True, exist_ok=True)
     with (place / "predictions.jsonl").open("w", encoding="utf-8") as file:
-        for answer in answers:
-            file.write(json.dumps(_prediction(answer, data), ensure_ascii=False) + "\n")
+        file.writelines(json.dumps(_prediction(answer, data), ensure_ascii=False) + "\n" for answer in answers)
     probe = next((sample for sample in samples if sample.images), None)
     if probe is not None:
         np.save(place / "gram.npy", probe_gram(model, probe, data))
-        (folder / "probe.json").write_text(
-            json.dumps({"id": probe.id, "images": _paths(probe, data)}), encoding="utf-8"
-        )
-    parameters = sum(parameter.numel() for parameter in model.model.parameters())
-    return {"name": name, **score(answers), "parameters": parameters}
+        shown = json.dumps({"id": probe.id, "images": _paths(probe, data)})
+        (folder / "probe.json").write_text(shown, encoding="utf-8")
+    return {"name": name, **score(answers), "parameters": sum(weight.numel() for weight in model.model.parameters())}
 
 
 @torch.no_grad()
@@ -72,7 +63,7 @@ def _prediction(answer: Answer, data: DataConfig) -> dict[str, Any]:
         "id": answer.sample.id,
         "type": answer.sample.type,
         "images": _paths(answer.sample, data),
-        "question": answer.question,
+        "question": answer.sample.turns[-2].text,
         "truth": answer.truth,
         "prediction": answer.prediction,
         "correct": is_correct(answer.prediction, answer.truth),

@@ -1,8 +1,6 @@
 """Batched greedy answers to a LLaVA-format question file."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +21,6 @@ class Answer:
 
     sample: Sample
     prediction: str
-
-    @property
-    def question(self) -> str:
-        """The last human turn."""
-        return self.sample.turns[-2].text
 
     @property
     def truth(self) -> str:
@@ -60,63 +53,32 @@ def generate_answers(
     renderer = make_renderer(model, data)
     prompts = [renderer.render_prompt(sample) for sample in samples]
     order = sorted(range(len(samples)), key=lambda index: -len(prompts[index]))
-    answers: dict[int, Answer] = {}
+    said: dict[int, str] = {}
     training = model.model.training
     model.model.eval()
     with bar(label, len(samples), shown=shown) as advance:
-        for chunk in _chunks(order, batch_size):
-            texts = _answer_batch(
-                model,
-                [prompts[i] for i in chunk],
-                [samples[i] for i in chunk],
-                data,
-                max_new_tokens,
-                renderer.end_token_id,
-            )
-            answers |= {i: Answer(sample=samples[i], prediction=text) for i, text in zip(chunk, texts, strict=True)}
-            advance(len(answers))
+        for start in range(0, len(order), batch_size):
+            chunk = order[start : start + batch_size]
+            names = [name for index in chunk for name in samples[index].images]
+            pixels = load_pixels(data.images or "", names, model.image_processor) if names else None
+            ids = [prompts[index] for index in chunk]
+            texts = _answer_batch(model, ids, pixels, max_new_tokens=max_new_tokens, eos_token_id=renderer.end_token_id)
+            said |= zip(chunk, texts, strict=True)
+            advance(len(said))
     model.model.train(training)
-    return [answers[index] for index in range(len(samples))]
+    return [Answer(sample=sample, prediction=said[index]) for index, sample in enumerate(samples)]
 
 
 @torch.no_grad()
 def _answer_batch(
-    model: VisionLanguageModel,
-    prompts: Sequence[Sequence[int]],
-    samples: Sequence[Sample],
-    data: DataConfig,
-    max_new_tokens: int,
-    end_token_id: int,
+    model: VisionLanguageModel, prompts: Sequence[Sequence[int]], pixels: Tensor | None, **options: Any
 ) -> list[str]:
-    device = model.model.device
+    device, pad = model.model.device, model.tokenizer.pad_token_id
     length = max(map(len, prompts))
-    pad = model.tokenizer.pad_token_id
     # Generation appends on the right, so prompts are padded on the left.
     ids = torch.tensor([[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    options: dict[str, Any] = {}
-    pixels = _pixels(model, samples, data)
     if pixels is not None:
         options["pixel_values"] = pixels.to(device, model.model.dtype)
-    output = model.model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=end_token_id,
-        pad_token_id=pad,
-        **options,
-    )
+    output = model.model.generate(input_ids=ids, attention_mask=mask, do_sample=False, pad_token_id=pad, **options)
     return [text.strip() for text in model.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)]
-
-
-def _pixels(model: VisionLanguageModel, samples: Sequence[Sample], data: DataConfig) -> Tensor | None:
-    parts = [
-        load_pixels(data.images or "", sample.images, model.image_processor) for sample in samples if sample.images
-    ]
-    return torch.cat(parts) if parts else None
-
-
-def _chunks(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(order), size):
-        yield order[start : start + size]

@@ -1,7 +1,19 @@
 """Distillation losses over rows of hidden states; they return weighted sums and know nothing of models or data."""
 
 from llavakd.losses.objective import Counts, Objective, count, objective
+from llavakd.losses.offline import distill_rows_topk
 from llavakd.losses.relation import gram, relation_distance
-from llavakd.losses.rows import RowLosses, distill_rows
+from llavakd.losses.rows import LogitForm, RowLosses, distill_rows
 
-__all__ = ["Counts", "Objective", "RowLosses", "count", "distill_rows", "gram", "objective", "relation_distance"]
+__all__ = [
+    "Counts",
+    "LogitForm",
+    "Objective",
+    "RowLosses",
+    "count",
+    "distill_rows",
+    "distill_rows_topk",
+    "gram",
+    "objective",
+    "relation_distance",
+]

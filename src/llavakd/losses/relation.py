@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from llavakd.losses.rows import shared_width
+from llavakd.losses.rows import operand_dtype, product, refuse_second_derivatives, shared_width
 
 
 def relation_distance(
@@ -17,11 +20,13 @@ def relation_distance(
     vocab_size: int | None = None,
     center: bool = False,
     row_normalize: bool = False,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """1 - cos(vec(Z_s Z_s^T), vec(Z_t Z_t^T)) per picture (LLaVA-KD, RDist), Z = H W^T the vocabulary logits.
 
-    Computed as H (W^T W) H^T in float32, so that no [N, V] logits are made. 1 - cos is taken as half the squared
-    distance of the normalised matrices, which stays exact where the two nearly agree.
+    Computed as H (W^T W) H^T in float32, so that no [N, V] logits are made; W^T W of a frozen head is kept until the
+    head changes. 1 - cos is taken as half the squared distance of the normalised matrices, which stays exact where the
+    two nearly agree.
 
     Args:
         student_hidden: [B, N, D_s], one picture's visual tokens a row.
@@ -31,33 +36,82 @@ def relation_distance(
         vocab_size: ids that both share; later head rows are cut off.
         center: subtract the mean visual token first.
         row_normalize: scale every visual token's logits to length one first.
+        valid: bool [B, N], False where a picture has fewer than N tokens; default all.
 
     Returns:
-        float32 [B], in [0, 2].
+        float32 [B], in [0, 2] (float64 for float64 inputs).
 
     Raises:
         ValueError: heads of unequal width without `vocab_size`.
     """
     vocab_size = shared_width(student_head, teacher_head, vocab_size)
-    with torch.autocast(student_hidden.device.type, enabled=False):
-        student = gram(student_hidden, student_head[:vocab_size], center=center, row_normalize=row_normalize)
-        with torch.no_grad():
-            teacher = gram(teacher_hidden, teacher_head[:vocab_size], center=center, row_normalize=row_normalize)
-        return (_unit(student) - _unit(teacher)).square().sum((-2, -1)) / 2
+    options: dict[str, Any] = {"vocab_size": vocab_size, "center": center, "row_normalize": row_normalize}
+    with torch.no_grad():
+        teacher = _unit(gram(teacher_hidden, teacher_head, valid=valid, **options))
+    student = _unit(gram(student_hidden, student_head, valid=valid, **options))
+    return (student - teacher).square().sum((-2, -1)) / 2
 
 
-def gram(hidden: Tensor, head: Tensor, *, center: bool = False, row_normalize: bool = False) -> Tensor:
-    """Z Z^T of the logits Z = H W^T: [B, N, D], [V, D] -> float32 [B, N, N]."""
-    hidden, head = hidden.float(), head.float()
-    if center:
-        hidden = hidden - hidden.mean(-2, keepdim=True)
-    matrix = hidden @ (head.T @ head) @ hidden.mT
-    if row_normalize:
-        length = matrix.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
-        matrix = matrix / (length.unsqueeze(-1) * length.unsqueeze(-2))
+def gram(
+    hidden: Tensor,
+    head: Tensor,
+    *,
+    vocab_size: int | None = None,
+    center: bool = False,
+    row_normalize: bool = False,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Z Z^T of the logits Z = H W^T: [B, N, D], [V, D] -> float32 [B, N, N]; arguments as `relation_distance`."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        square = _head_square(head, len(head) if vocab_size is None else vocab_size, operand_dtype(hidden))
+        hidden = hidden.to(square.dtype)
+        if valid is not None:
+            hidden = hidden.where(valid.unsqueeze(-1), 0)
+        if center:
+            tokens = hidden.shape[-2] if valid is None else valid.sum(-1)[..., None, None].clamp_min(1)
+            hidden = hidden - hidden.sum(-2, keepdim=True) / tokens
+            hidden = hidden if valid is None else hidden.where(valid.unsqueeze(-1), 0)
+        matrix = hidden @ square @ hidden.mT
+        if row_normalize:
+            length = matrix.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(matrix.dtype).tiny).sqrt()
+            matrix = matrix / (length.unsqueeze(-1) * length.unsqueeze(-2))
     return matrix
+
+
+class _Square(torch.autograd.Function):
+    """W^T W of the first rows of a head, without keeping a float32 copy of the head."""
+
+    @staticmethod
+    def forward(ctx: Any, head: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(head)
+        ctx.vocab_size = vocab_size
+        weight = head[:vocab_size].to(dtype)
+        return product(weight.T, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        refuse_second_derivatives()
+        (head,) = ctx.saved_tensors
+        result = torch.zeros_like(head)
+        result[: ctx.vocab_size] = (head[: ctx.vocab_size].to(grad.dtype) @ (grad + grad.T)).to(head.dtype)
+        return result, None, None
+
+
+_SQUARES = WeakTensorKeyDictionary()  # frozen head -> (what it was made from, W^T W)
+
+
+def _head_square(head: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
+    if head.requires_grad and torch.is_grad_enabled():
+        return _Square.apply(head, vocab_size, dtype)
+    made_from = (head._version, head.data_ptr(), vocab_size, dtype)
+    kept = _SQUARES.get(head)
+    if kept is None or kept[0] != made_from:
+        with torch.no_grad():
+            weight = head[:vocab_size].to(dtype)
+            kept = _SQUARES[head] = (made_from, product(weight.T, weight))
+    return kept[1]
 
 
 def _unit(matrix: Tensor) -> Tensor:
     norm = torch.linalg.matrix_norm(matrix, keepdim=True)
-    return matrix / norm.clamp_min(torch.finfo(torch.float32).tiny)
+    return matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny)

@@ -1,18 +1,24 @@
-"""Cross-entropy and divergence of selected rows, from hidden states and heads, a chunk of logits at a time."""
+"""Cross-entropy and divergence of selected rows, from hidden states and heads, never holding [rows, vocabulary].
+
+Gradients are made in the forward pass, chunk by chunk, in place of the logits; backward only scales them.
+"""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from llavakd.losses.divergence import DIVERGENCES
+from llavakd.losses.divergence import DIVERGENCES, resolve
 
 IGNORE_INDEX = -100
-_CHUNK_LOGITS = 2**26  # student logits of one chunk: 256 MiB in float32
+CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**30}  # logits of one chunk, both models
+_LOW = (torch.bfloat16, torch.float16)
+# (student logits, chunk's row numbers, labels, ce weight, kl weight) -> (CE, divergence, gradient to those logits)
+Score = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 class RowLosses(NamedTuple):
@@ -24,6 +30,16 @@ class RowLosses(NamedTuple):
     kl_rows: Tensor
 
 
+class LogitForm(NamedTuple):
+    """How a family forms its logits: cap * tanh(scale * H W^T / cap), without the tanh where `cap` is 0."""
+
+    scale: float = 1.0
+    cap: float = 0.0
+
+
+_PLAIN = LogitForm()
+
+
 def distill_rows(
     student_hidden: Tensor,
     student_head: Tensor,
@@ -33,107 +49,273 @@ def distill_rows(
     *,
     ce_weight: Tensor,
     kl_weight: Tensor,
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl",
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "total_variation"] = "forward_kl",
     beta: float = 0.5,
     temperature: float = 1.0,
     vocab_size: int | None = None,
     chunk_rows: int | None = None,
-    backend: Literal["auto", "torch"] = "auto",
+    backend: Literal["auto", "torch", "triton"] = "auto",
+    student_form: LogitForm = _PLAIN,
+    teacher_form: LogitForm = _PLAIN,
 ) -> RowLosses:
     """Weighted sums of next-token cross-entropy and teacher-student divergence over N rows.
 
     ce = sum_i ce_weight_i CE_i at temperature 1; kl = sum_i kl_weight_i D_i with both sides softened by `temperature`
-    (no T^2 factor: put it into the weights). Softmax and divergence are float32 whatever the inputs are. Gradients
-    reach student_hidden and, when it requires one, student_head; never the teacher.
+    (no T^2 factor: put it into the weights). Rows without weight are never projected. On a GPU half-precision inputs
+    (or autocast) multiply in that precision into float32 logits; softmax and divergence are float32 (float64 for
+    float64 inputs) and the gradient is rounded once, before its two products. Gradients reach student_hidden and, when
+    it requires one, student_head; never the teacher, never the weights. Backward once only: no second derivatives.
 
     Args:
         student_hidden: [N, D_s]; row i is the position that predicts labels[i].
-        student_head: [V_s, D_s].
+        student_head: [V_s, D_s], without bias.
         teacher_hidden: [N, D_t], or None when nothing is distilled.
         teacher_head: [V_t, D_t], or None.
         labels: int64 [N]; -100: no cross-entropy in that row.
         ce_weight: float32 [N].
         kl_weight: float32 [N].
         divergence: key of DIVERGENCES (LLaVA-KD uses forward_kl).
-        beta: mixture of `jsd`.
+        beta: mixture of `jsd`, skew of `skewed_kl`.
         temperature: > 0.
         vocab_size: ids that both models share; columns beyond take no part on either side. Default: the student's head
             rows, which the teacher's must equal.
-        chunk_rows: rows whose logits are alive at once; default bounds them to 256 MiB.
-        backend: "torch" is the only one so far.
+        chunk_rows: rows whose logits are alive at once; default bounds them to 1 GiB on a GPU, 64 MiB elsewhere.
+        backend: "torch", "triton" (a GPU, or the interpreter), or "auto": triton for tensors on a GPU.
+        student_form: scale and soft cap of the student's logits.
+        teacher_form: of the teacher's.
 
     Raises:
         ValueError: heads of unequal width without `vocab_size`, a label outside it, a divergence without a teacher, or an
-            unknown divergence or backend.
+            unknown divergence, beta or backend.
     """
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"backend {backend!r} is not known; use 'auto' or 'torch'")
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence {divergence!r} is not known; known: {', '.join(DIVERGENCES)}")
+    kind = resolve(divergence, beta)
     vocab_size = shared_width(student_head, teacher_head, vocab_size)
     if teacher_hidden is None and bool((kl_weight != 0).any()):
         raise ValueError("kl_weight asks for a divergence, but teacher_hidden is None; give a teacher or zero weights")
-    live = (ce_weight != 0) & (labels != IGNORE_INDEX) | (kl_weight != 0)
-    chunk_rows = chunk_rows or max(1, _CHUNK_LOGITS // vocab_size)
-    index = live.nonzero().squeeze(1)
-    _check_labels(labels[index], vocab_size)
-    ce_rows = torch.zeros(len(labels), device=labels.device)
-    kl_rows = torch.zeros(len(labels), device=labels.device)
-    # The anchor gives an input without live rows a gradient of zeros.
-    ce = kl = (student_hidden[:0].sum() + student_head[:0].sum()).float()
-    several = len(index) > chunk_rows
-    for rows in index.split(chunk_rows):
-        arguments = (
-            student_hidden[rows],
-            student_head,
-            # Zeros where nothing is distilled: a zero weight alone would turn an overflowed teacher into NaN gradients.
-            None if teacher_hidden is None else teacher_hidden[rows].detach().where(kl_weight[rows, None] != 0, 0),
-            None if teacher_head is None else teacher_head.detach(),
-            labels[rows],
-            divergence,
-            beta,
-            temperature,
-            vocab_size,
+    kernel = _kernel(backend, student_hidden)
+    dtype = operand_dtype(student_hidden)
+    teacher = None
+    if teacher_hidden is not None and teacher_head is not None:
+        # Zeros where nothing is distilled: a zero weight alone would turn an overflowed teacher into NaN gradients.
+        teacher = (
+            teacher_hidden.detach().where(kl_weight[:, None] != 0, 0),
+            teacher_head[:vocab_size].detach().to(dtype),
         )
-        # Recomputed in backward, so that no chunk's logits outlive it.
-        ce_part, kl_part = (
-            checkpoint(_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
-            if several
-            else _chunk(*arguments)
+
+    def score(logits: Tensor, rows: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        taught = None if teacher is None else product(teacher[0][rows].to(dtype), teacher[1].T)
+        return kernel(
+            logits,
+            taught,
+            *weights,
+            divergence=kind,
+            beta=beta,
+            temperature=temperature,
+            forms=(student_form, teacher_form),
+            dtype=gradient_dtype(dtype),
         )
-        ce_part, kl_part = _zero_dead(ce_part, ce_weight[rows]), _zero_dead(kl_part, kl_weight[rows])
-        ce, kl = ce + (ce_part * ce_weight[rows]).sum(), kl + (kl_part * kl_weight[rows]).sum()
-        ce_rows[rows], kl_rows[rows] = ce_part.detach(), kl_part.detach()
-    return RowLosses(ce, kl, ce_rows, kl_rows)
+
+    return score_rows(
+        student_hidden,
+        student_head,
+        labels,
+        ce_weight=ce_weight,
+        kl_weight=kl_weight,
+        score=score,
+        vocab_size=vocab_size,
+        chunk_rows=chunk_rows,
+    )
 
 
-def _chunk(
+def score_rows(
     student_hidden: Tensor,
     student_head: Tensor,
-    teacher_hidden: Tensor | None,
-    teacher_head: Tensor | None,
     labels: Tensor,
+    *,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
+    score: Score,
+    vocab_size: int,
+    chunk_rows: int | None,
+) -> RowLosses:
+    """The chunked pass over live rows with any `score`; arguments as `distill_rows`."""
+    live = (ce_weight != 0) & (labels != IGNORE_INDEX) | (kl_weight != 0)
+    index = live.nonzero().squeeze(1)
+    _check_labels(labels[index], vocab_size)
+    if chunk_rows is None:
+        chunk_rows = max(1, CHUNK_BYTES.get(student_hidden.device.type, 2**26) // (8 * vocab_size))
+    sweep = _Sweep(labels, index, score, vocab_size, chunk_rows)
+    return RowLosses(*_ScoreRows.apply(student_hidden, student_head, ce_weight, kl_weight, sweep))
+
+
+class _Sweep(NamedTuple):
+    """One pass over the live rows, in chunks."""
+
+    labels: Tensor
+    rows: Tensor
+    score: Score
+    vocab_size: int
+    chunk_rows: int
+
+    def run(
+        self, hidden: Tensor, head: Tensor, ce_weight: Tensor, kl_weight: Tensor, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """(CE [N], divergence [N], gradient to hidden, gradient to head) of the weighted sum; None where not wanted."""
+        dtype, exact = operand_dtype(hidden), exact_dtype(hidden)
+        weight = head[: self.vocab_size].to(dtype)
+        narrow = gradient_dtype(dtype)
+        weight_again = weight.to(narrow)
+        ce_rows, kl_rows = (torch.zeros(len(hidden), dtype=exact, device=hidden.device) for _ in range(2))
+        grad_hidden = torch.zeros_like(hidden) if wanted[0] else None
+        grad_head = torch.zeros(head.shape, dtype=exact, device=head.device) if wanted[1] else None
+        for rows in self.rows.split(self.chunk_rows):
+            chunk = hidden[rows].to(dtype)
+            logits = product(chunk, weight.T)
+            weights = self.labels[rows], ce_weight[rows].to(exact), kl_weight[rows].to(exact)
+            ce_rows[rows], kl_rows[rows], grad = self.score(logits, rows, *weights)
+            del logits
+            if grad_hidden is not None:
+                grad_hidden[rows] = product(grad, weight_again).to(hidden.dtype)
+            if grad_head is not None:
+                _accumulate(grad_head[: self.vocab_size], grad.T, chunk.to(narrow))
+        return ce_rows, kl_rows, grad_hidden, grad_head
+
+
+class _ScoreRows(torch.autograd.Function):
+    """Keeps the gradient of ce + kl; where the two are weighed apart afterwards, a second pass makes it anew."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, ce_weight: Tensor, kl_weight: Tensor, sweep: _Sweep
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.sweep, ctx.wanted = sweep, (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+        ce_weight, kl_weight = ce_weight.detach(), kl_weight.detach()
+        ce_rows, kl_rows, *ctx.grads = sweep.run(hidden, head, ce_weight, kl_weight, ctx.wanted)
+        ctx.save_for_backward(hidden, head, ce_weight, kl_weight)
+        ctx.mark_non_differentiable(ce_rows, kl_rows)
+        # A row of no weight may hold anything: zero, not 0 * inf.
+        ce, kl = (
+            (values * weight).where(weight != 0, 0).sum()
+            for values, weight in ((ce_rows, ce_weight), (kl_rows, kl_weight))
+        )
+        return ce, kl, ce_rows, kl_rows
+
+    @staticmethod
+    def backward(ctx: Any, grad_ce: Tensor | None, grad_kl: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
+        kept, ctx.grads = ctx.grads, None
+        if kept is not None and grad_ce is not None and grad_kl is not None and _one_tensor(grad_ce, grad_kl):
+            scaled = [None if grad is None else grad.mul_(grad_ce) for grad in kept]
+        else:
+            del kept
+            hidden, head, ce_weight, kl_weight = ctx.saved_tensors
+            ce_weight = ce_weight * (0.0 if grad_ce is None else grad_ce)
+            kl_weight = kl_weight * (0.0 if grad_kl is None else grad_kl)
+            *_, grad_hidden, grad_head = ctx.sweep.run(hidden, head, ce_weight, kl_weight, ctx.wanted)
+            scaled = [grad_hidden, grad_head]
+        return scaled[0], scaled[1], None, None, None
+
+
+def score_torch(
+    logits: Tensor,
+    taught: Tensor | None,
+    labels: Tensor,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
+    *,
     divergence: str,
     beta: float,
     temperature: float,
-    vocab_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Per-row cross-entropy and divergence, float32 [n] each."""
-    with torch.autocast(student_hidden.device.type, enabled=False):
-        logits = student_hidden.float() @ student_head[:vocab_size].float().T
-        ce = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
-        if teacher_hidden is None or teacher_head is None:
-            return ce, torch.zeros_like(ce)
-        with torch.no_grad():
-            teacher_logits = teacher_hidden.float() @ teacher_head[:vocab_size].float().T
-            teacher_logp = F.log_softmax(teacher_logits / temperature, dim=-1)
-        student_logp = F.log_softmax(logits / temperature, dim=-1)
-        return ce, DIVERGENCES[divergence](student_logp, teacher_logp, beta)
+    forms: tuple[LogitForm, LogitForm],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The portable scorer: CE [n], divergence [n], and the gradient to the raw `logits`, [n, V] in `dtype`."""
+    logits, slope = form_logits(logits, forms[0])
+    ce, grad = cross_entropy_with_gradient(logits, labels, ce_weight)
+    kl = torch.zeros_like(ce)
+    if taught is not None:
+        student = F.log_softmax(logits / temperature, dim=-1)
+        teacher = F.log_softmax(form_logits(taught, forms[1])[0] / temperature, dim=-1)
+        kind = DIVERGENCES[divergence]
+        terms, slopes = kind.terms(student, teacher, beta)
+        kl = terms.sum(-1).where(kl_weight != 0, 0)
+        total = slopes.sum(-1, keepdim=True) if kind.total is None else kind.total
+        grad += (slopes - student.exp() * total) * (kl_weight / temperature)[:, None]
+    return ce, kl, (grad if slope is None else grad * slope).to(dtype)
 
 
-def _zero_dead(values: Tensor, weight: Tensor) -> Tensor:
-    """Values of rows without weight are zero, not 0 * inf."""
-    return torch.where(weight != 0, values, torch.zeros_like(values))
+def cross_entropy_with_gradient(logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """CE [n], zero where it does not count, and the gradient of its weighted sum to `logits` [n, V]."""
+    counts = (labels != IGNORE_INDEX) & (weight != 0)
+    target = labels.where(counts, 0)[:, None]
+    logp = F.log_softmax(logits, dim=-1)
+    ce = -logp.gather(1, target).squeeze(1).where(counts, 0)
+    weight = weight.where(counts, 0)[:, None]
+    return ce, (logp.exp() * weight).scatter_add(1, target, -weight)
+
+
+def form_logits(raw: Tensor, form: LogitForm) -> tuple[Tensor, Tensor | float | None]:
+    """The family's logits and their derivative to the raw ones (None: 1)."""
+    if not form.cap:
+        return (raw, None) if form.scale == 1 else (raw * form.scale, form.scale)
+    bent = torch.tanh(raw * (form.scale / form.cap))
+    return bent * form.cap, form.scale * (1 - bent.square())
+
+
+def operand_dtype(hidden: Tensor) -> torch.dtype:
+    """In what the products are taken: float32 on a CPU, on a GPU the autocast type or the hidden states' own."""
+    if hidden.dtype == torch.float64 or not hidden.is_cuda:
+        return exact_dtype(hidden)
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else hidden.dtype
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In what the gradient to the logits is rounded: a weight of 1 / tokens takes it below float16's range."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
+def exact_dtype(hidden: Tensor) -> torch.dtype:
+    """In what softmax, divergence and sums are taken."""
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """[n, k] @ [k, m] with a float32 result (float64 for float64): half-precision logits would drown a small KL."""
+    with torch.autocast(left.device.type, enabled=False):
+        if left.dtype in _LOW and left.is_cuda:
+            return torch.mm(left, right, out_dtype=torch.float32)
+        return left @ right
+
+
+def _accumulate(target: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to target, in its precision and inside the product."""
+    with torch.autocast(left.device.type, enabled=False):
+        if left.dtype in _LOW and left.is_cuda:
+            torch.addmm(target, left, right, out_dtype=torch.float32, out=target)
+        else:
+            torch.addmm(target, left, right, out=target)
+
+
+def refuse_second_derivatives() -> None:
+    """Called in a backward: with create_graph the result would silently count as a constant."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("this loss has no second derivative; call backward without create_graph=True")
+
+
+def _one_tensor(left: Tensor, right: Tensor) -> bool:
+    """Whether a sum handed the same gradient to both; read off the pointers, so that no device is waited for."""
+    return left.data_ptr() == right.data_ptr()
+
+
+def _kernel(backend: str, hidden: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend {backend!r} is not known; use 'auto', 'torch' or 'triton'")
+    if backend == "torch" or (backend == "auto" and (not hidden.is_cuda or hidden.dtype == torch.float64)):
+        return score_torch
+    from llavakd.ops.rows import score_triton  # imported only where it runs: triton is not on every machine
+
+    return score_triton
 
 
 def _check_labels(labels: Tensor, vocab_size: int) -> None:

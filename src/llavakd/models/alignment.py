@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,16 +18,35 @@ class AlignmentError(UserError):
     """Teacher and student cannot be compared position by position; the message says where they part."""
 
 
+# What decides the pixels that a tower sees; the crop counts only where there is one.
+_PIXEL_SETTINGS = (
+    "size",
+    "do_resize",
+    "resample",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "do_center_crop",
+    "crop_size",
+    "do_pad",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pair:
     """What holds between a student and a teacher.
 
     vocab_size: ids [0, vocab_size) mean the same to both; later head rows take no part in any loss.
-    shared_tower: both vision towers and their feature selection are equal, so one run serves both.
+    shared_tower: both vision towers, their feature selection and their pixels are equal, so one run serves both.
+    shared_pixels: both image processors make the same pixels; otherwise a batch carries each model's own.
+    note: what was decided, for the person who runs it.
     """
 
     vocab_size: int
     shared_tower: bool
+    shared_pixels: bool = True
     note: str
 
 
@@ -37,29 +57,29 @@ def align(student: VisionLanguageModel, teacher: VisionLanguageModel) -> Pair:
             f"visual tokens per picture: student {student.tokens_per_image}, teacher {teacher.tokens_per_image}; give both "
             "the same vision_feature_select_strategy and a tower of the same grid"
         )
-    ours, theirs = student.image_processor.to_dict(), teacher.image_processor.to_dict()
-    for key in (
-        "size",
-        "do_resize",
-        "do_rescale",
-        "rescale_factor",
-        "do_normalize",
-        "image_mean",
-        "image_std",
-        "resample",
-    ):
-        if ours.get(key) != theirs.get(key):
-            raise AlignmentError(
-                f"image processors differ in {key}: student {ours.get(key)}, teacher {theirs.get(key)}; "
-                "both models must see the same pixels"
-            )
-    vocab_size = shared_vocabulary(student.tokenizer, teacher.tokenizer, len(student.head), len(teacher.head))
-    shared = _same_tower(student, teacher)
+    rows = {"student": len(student.head), "teacher": len(teacher.head)}
+    vocab_size = shared_vocabulary(student.tokenizer, teacher.tokenizer, *rows.values())
+    differing = _differing_pixels(student.image_processor, teacher.image_processor)
+    shared = not differing and _same_tower(student, teacher)
+    dropped = ", ".join(f"{count - vocab_size} of the {side}'s {count}" for side, count in rows.items())
+    ends = [model.tokenizer.eos_token for model in (student, teacher)]
     note = (
-        f"pair: {vocab_size} shared ids (student head {len(student.head)}, teacher head {len(teacher.head)}); "
+        f"pair: {vocab_size} shared ids; head columns left out of every loss: {dropped}; "
+        f"{student.tokens_per_image} visual tokens per picture; "
         f"vision tower {'shared, run once' if shared else 'not equal, each model runs its own'}"
+        + (f"; each model gets its own pixels (image processors differ in {', '.join(differing)})" if differing else "")
+        + (f"; end tokens differ: student {ends[0]!r}, teacher {ends[1]!r}" if ends[0] != ends[1] else "")
     )
-    return Pair(vocab_size=vocab_size, shared_tower=shared, note=note)
+    return Pair(vocab_size=vocab_size, shared_tower=shared, shared_pixels=not differing, note=note)
+
+
+def _differing_pixels(student: Any, teacher: Any) -> list[str]:
+    """Names of the settings by which two image processors make different pixels."""
+    ours, theirs = (
+        {key: value for key in _PIXEL_SETTINGS if (value := processor.to_dict().get(key)) not in (None, False)}
+        for processor in (student, teacher)
+    )
+    return [key for key in _PIXEL_SETTINGS if ours.get(key) != theirs.get(key)]
 
 
 def shared_vocabulary(
@@ -81,6 +101,8 @@ def shared_vocabulary(
                 f"tokenizers differ: id {index} is {left!r} for the student and {right!r} for the teacher; "
                 "use a teacher and a student of one tokenizer"
             )
+    while ours.get(shared - 1) != theirs.get(shared - 1):  # a picture mark at the end, against a word or nothing
+        shared -= 1
     return shared
 
 

@@ -1,9 +1,7 @@
 """Intervals, differences to the control and the headline sentence."""
 
-from __future__ import annotations
-
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,8 +11,7 @@ Z95 = 1.96
 DISTILLING = ("dpt", "dft")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Difference:
+class Difference(NamedTuple):
     """Accuracy of one row minus that of another, with the half-width of its 95 % interval."""
 
     value: float
@@ -26,9 +23,6 @@ class Difference:
         """Whether the interval leaves out 0."""
         return abs(self.value) > self.half_width
 
-    def __str__(self) -> str:
-        return f"{100 * self.value:+.1f} ± {100 * self.half_width:.1f}"
-
 
 def half_width(accuracy: float, n: int) -> float:
     """Return the half-width of the 95 % Wilson interval, which stays above 0 at accuracies of 0 and 1."""
@@ -37,39 +31,30 @@ def half_width(accuracy: float, n: int) -> float:
 
 
 def difference(row: Row, control: Row) -> Difference:
-    """Compare two rows, question by question where both kept their answers to the same questions.
-
-    Args:
-        row: The row of interest.
-        control: The row to subtract.
-
-    Returns:
-        The difference with a paired normal interval, or else with an unpaired one.
-    """
+    """Subtract `control`: a paired interval where both kept their answers to the same questions, else an unpaired one."""
     value = row.accuracy - control.accuracy
     if row.n > 1 and row.predictions.keys() == control.predictions.keys() and _complete(row) and _complete(control):
-        changes = [int(row.predictions[key].correct) - int(control.predictions[key].correct) for key in row.predictions]
-        return Difference(value=value, half_width=Z95 * float(np.std(changes, ddof=1)) / math.sqrt(row.n), paired=True)
+        changes = [row.predictions[key]["correct"] - control.predictions[key]["correct"] for key in row.predictions]
+        return Difference(value, Z95 * float(np.std(changes, ddof=1)) / math.sqrt(row.n), paired=True)
     variance = sum(r.accuracy * (1 - r.accuracy) / r.n for r in (row, control))
-    return Difference(value=value, half_width=Z95 * math.sqrt(variance), paired=False)
+    return Difference(value, Z95 * math.sqrt(variance), paired=False)
 
 
 def _complete(row: Row) -> bool:
     """Tell whether the kept answers are those that the row's accuracy was computed from."""
-    right = sum(answer.correct for answer in row.predictions.values())
+    right = sum(answer["correct"] for answer in row.predictions.values())
     return len(row.predictions) == row.n and abs(right / row.n - row.accuracy) < 5e-4
 
 
 def find_control(results: Results, row: Row) -> Row | None:
     """Return the undistilled row that a row is compared to, of the same seed where there is one.
 
-    Of several rows whose names start with "pt-" those without a distilling stage come first, then those
-    that trained longest: the strictest comparison.
+    Of rows named "pt-..." those without a distilling stage come first, then the longest trained: the strictest one.
     """
     found = [other for other in results.rows if other.name.startswith("pt-")]
     if not found:
         return None
-    name = min(found, key=lambda other: (_distilling(other), -(other.number("steps") or 0))).name
+    name = min(found, key=lambda other: (_distilling(other), -(other.raw.get("steps") or 0))).name
     return min((other for other in found if other.name == name), key=lambda other: other.seed != row.seed)
 
 
@@ -80,29 +65,25 @@ def _distilling(row: Row) -> int:
 def headline(results: Results) -> str:
     """Say in plain words whether distillation helped, for each seed of the most distilled model."""
     distilled = [row for row in results.rows if row.name != TEACHER and _distilling(row)]
-    pairs = [(row, find_control(results, row)) for row in distilled]
     if not distilled:
         return "No comparison: there is no distilled row (a name with dpt or dft in it)."
     main = max(distilled, key=lambda row: (row.name == "dpt-sft-dft", _distilling(row))).name
-    found = [(row, control) for row, control in pairs if row.name == main and control and control.name != main]
-    if not found:
-        return 'No comparison: there is no control row (a name that starts with "pt-").'
-    return " ".join(_sentence(results, row, control) for row, control in found)
+    pairs = [(row, find_control(results, row)) for row in distilled if row.name == main]
+    told = [_sentence(results, row, control) for row, control in pairs if control and control.name != main]
+    return " ".join(told) or 'No comparison: there is no control row (a name that starts with "pt-").'
 
 
 def _sentence(results: Results, row: Row, control: Row) -> str:
     gap = difference(row, control)
     low, high = 100 * (gap.value - gap.half_width), 100 * (gap.value + gap.half_width)
-    if not gap.seen:
-        verdict = "No difference seen"
-    else:
-        verdict = "Distillation helps here" if gap.value > 0 else "Distillation hurts here"
+    seen = "Distillation helps here" if gap.value > 0 else "Distillation hurts here"
     text = (
-        f"{verdict}: {results.label(row)} answers {100 * row.accuracy:.1f} % right and the control "
-        f"{results.label(control)} {100 * control.accuracy:.1f} %, a difference of {100 * gap.value:+.1f} points "
-        f"(95 % interval {low:+.1f} to {high:+.1f}, {'paired by question' if gap.paired else 'not paired'})."
+        f"{seen if gap.seen else 'No difference seen'}: {results.label(row)} answers {100 * row.accuracy:.1f} % right "
+        f"and the control {results.label(control)} {100 * control.accuracy:.1f} %, a difference of "
+        f"{100 * gap.value:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}, "
+        f"{'paired by question' if gap.paired else 'not paired'})."
     )
-    steps = row.number("steps"), control.number("steps")
+    steps = row.raw.get("steps"), control.raw.get("steps")
     if None not in steps and steps[0] != steps[1]:
         text += f" They did not train equally long: {steps[0]:,.0f} and {steps[1]:,.0f} steps."
     return text

@@ -1,11 +1,9 @@
 """Plots as inline SVG and pictures as base64 PNG, all of them drawn without pyplot's global state."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Sequence
-from pathlib import Path
+from itertools import accumulate
 from typing import Any
 
 import matplotlib
@@ -38,68 +36,59 @@ STYLE: Any = {
 
 
 def colour(index: int) -> str:
-    """Return the colour of the model or run at an index; it reads on white and on black."""
+    """The colour of the model or run at an index; it reads on white and on black."""
     return COLOURS[index % len(COLOURS)]
 
 
 def run_colour(results: Results, run: Run) -> str:
-    """Return the colour of the run's own model, so that a colour means one thing in the whole report."""
+    """The colour of the run's own model, so that a colour means one thing in the whole report."""
     own = [i for i, row in enumerate(results.rows) if row.folder == run.folder and row.name != TEACHER]
     return colour(own[-1] if own else len(results.rows) + results.runs.index(run))
 
 
 def loss_curves(results: Results) -> dict[str, str]:
-    """Draw one panel for each part of the loss that any run logged.
+    """SVG text by loss part, for each part that any run logged."""
+    logged = {part for run in results.runs for lines in run.stages.values() for line in lines for part in line}
+    return {part: _loss_panel(results, part) for part in LOSS_PARTS if part in logged}
 
-    Args:
-        results: The merged results; runs without metrics are skipped.
 
-    Returns:
-        SVG text by loss part, empty if no run has metrics.
-    """
-    panels: dict[str, str] = {}
-    for part in LOSS_PARTS:
-        if not any(part in line for run in results.runs for stage in run.stages for line in stage.metrics):
-            continue
-        with matplotlib.rc_context(STYLE):
-            figure = Figure(figsize=(3.6, 2.3), layout="constrained")
-            axes = figure.subplots()
-            seen = [v for run in results.runs for v in _draw_run(axes, run, part, run_colour(results, run))]
-            if seen and min(seen) > 0 and max(seen) > 30 * min(seen):
-                axes.set_yscale("log")
-                # The default writes powers as math text, which `text.parse_math` leaves as it stands.
-                axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-                axes.yaxis.set_minor_formatter(NullFormatter())
-            _mark_stages(axes, results.runs)
-            axes.set_xlabel("step")
-            panels[part] = _svg(figure, f"loss-{part}")
-    return panels
+@matplotlib.rc_context(STYLE)
+def _loss_panel(results: Results, part: str) -> str:
+    figure = Figure(figsize=(3.6, 2.3), layout="constrained")
+    axes = figure.subplots()
+    seen = [v for run in results.runs for v in _draw_run(axes, run, part, run_colour(results, run))]
+    if seen and min(seen) > 0 and max(seen) > 30 * min(seen):
+        axes.set_yscale("log")
+        # The default writes powers as math text, which `text.parse_math` leaves as it stands.
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    _mark_stages(axes, results.runs)
+    axes.set_xlabel("step")
+    return _svg(figure, f"loss-{part}")
 
 
 def _draw_run(axes: Axes, run: Run, part: str, line_colour: str) -> list[float]:
     """Draw one run's line, broken between stages, and return the drawn values."""
     drawn: list[float] = []
-    for first, stage in zip(_starts(run), run.stages, strict=True):
-        points = [(first + line["step"], line[part]) for line in stage.metrics if line.get(part) is not None]
-        if not points:
-            continue
-        bins = np.array_split(np.asarray(points, dtype=float), min(len(points), MAX_POINTS))
-        means = np.stack([chunk.mean(axis=0) for chunk in bins])
-        axes.plot(means[:, 0], means[:, 1], color=line_colour, linewidth=1.2, alpha=0.85)
-        drawn += [float(value) for value in means[:, 1] if np.isfinite(value)]
+    for first, lines in zip(_starts(run), run.stages.values(), strict=True):
+        points = [(first + line["step"], line[part]) for line in lines if line.get(part) is not None]
+        if points:
+            bins = np.array_split(np.asarray(points, dtype=float), min(len(points), MAX_POINTS))
+            steps, means = np.stack([chunk.mean(axis=0) for chunk in bins], axis=1)
+            axes.plot(steps, means, color=line_colour, linewidth=1.2, alpha=0.85)
+            drawn += means[np.isfinite(means)].tolist()
     return drawn
 
 
 def _starts(run: Run) -> list[int]:
-    lengths = [int(stage.metrics[-1]["step"]) if stage.metrics else 0 for stage in run.stages]
-    return [sum(lengths[:index]) for index in range(len(lengths))]
+    """The step of the whole run at which each stage starts."""
+    return list(accumulate((int(lines[-1]["step"]) for lines in run.stages.values()), initial=0))[:-1]
 
 
 def _mark_stages(axes: Axes, runs: Sequence[Run]) -> None:
-    marks = sorted((x, stage.name) for run in runs for x, stage in zip(_starts(run), run.stages, strict=True))
     reach = axes.get_xlim()[1]
     labels: list[tuple[float, list[str]]] = []
-    for x, name in marks:
+    for x, name in sorted(mark for run in runs for mark in zip(_starts(run), run.stages, strict=True)):
         axes.axvline(x, color=NEUTRAL, linewidth=0.5, zorder=0)
         if labels and x - labels[-1][0] < 0.1 * reach:  # too near for a label of its own
             labels[-1][1].append(name)
@@ -110,65 +99,52 @@ def _mark_stages(axes: Axes, runs: Sequence[Run]) -> None:
         axes.annotate(text, (place, 1), xycoords=("data", "axes fraction"), xytext=(2, 1), textcoords="offset points")
 
 
+@matplotlib.rc_context(STYLE)
 def kind_bars(results: Results) -> str | None:
-    """Draw accuracy by kind of question, one bar a model, with a tick where a majority guesser lands.
-
-    Returns:
-        SVG text, or None if no row has accuracies by kind.
-    """
+    """SVG text, accuracy by kind of question: one bar a model, a tick where a majority guesser lands; None without."""
     names, count = kinds(results), len(results.rows)
     if not names:
         return None
     counts, guesses = first_map(results, "n_by_type"), first_map(results, "majority_by_type")
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.4, 0.6 + len(names) * (0.13 * count + 0.17)), layout="constrained")
-        axes = figure.subplots()
-        thick = 0.8 / count
-        for index, row in enumerate(results.rows):
-            values = [row.by_kind("by_type").get(name, np.nan) for name in names]
-            widths = [
-                half_width(v, int(counts[k])) if counts.get(k) else 0.0 for v, k in zip(values, names, strict=True)
-            ]
-            places = np.arange(len(names)) - 0.4 + (index + 0.5) * thick
-            axes.barh(places, 100 * np.array(values), height=0.9 * thick, color=colour(index))
-            bars = axes.errorbar(100 * np.array(values), places, xerr=100 * np.array(widths), fmt="none", linewidth=0.8)
-            bars.lines[2][0].set(color=NEUTRAL, gid=f"strong-{index}")
-        for line, name in enumerate(names):
-            if name in guesses:
-                axes.plot([100 * guesses[name]] * 2, [line - 0.45, line + 0.45], "k", gid=f"strong-majority-{line}")
-        axes.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 100), xlabel="accuracy %")
-        axes.tick_params(axis="y", length=0)
-        axes.grid(axis="x", color=NEUTRAL, alpha=0.3, linewidth=0.5)
-        axes.set_axisbelow(True)
-        axes.invert_yaxis()
-        return _svg(figure, "kinds")
+    figure = Figure(figsize=(4.4, 0.6 + len(names) * (0.13 * count + 0.17)), layout="constrained")
+    axes = figure.subplots()
+    thick = 0.8 / count
+    for index, row in enumerate(results.rows):
+        right = np.array([row.by_kind("by_type").get(name, np.nan) for name in names])
+        widths = [half_width(v, int(counts[k])) if counts.get(k) else 0.0 for v, k in zip(right, names, strict=True)]
+        places = np.arange(len(names)) - 0.4 + (index + 0.5) * thick
+        axes.barh(places, 100 * right, height=0.9 * thick, color=colour(index))
+        bars = axes.errorbar(100 * right, places, xerr=100 * np.array(widths), fmt="none", linewidth=0.8)
+        bars.lines[2][0].set(color=NEUTRAL, gid=f"strong-{index}")
+    for line, name in enumerate(names):
+        if name in guesses:
+            axes.plot([100 * guesses[name]] * 2, [line - 0.45, line + 0.45], "k", gid=f"strong-majority-{line}")
+    axes.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 100), xlabel="accuracy %")
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color=NEUTRAL, alpha=0.3, linewidth=0.5)
+    axes.set_axisbelow(True)
+    axes.invert_yaxis()
+    return _svg(figure, "kinds")
 
 
 def gram_pictures(grams: Sequence[NDArray[np.float32]]) -> tuple[list[str], tuple[float, float], str]:
-    """Draw Gram matrices on one colour scale, each divided by its Frobenius norm.
+    """Draw square matrices, at least one, on one colour scale, each divided by its Frobenius norm.
 
-    Args:
-        grams: At least one square matrix.
-
-    Returns:
-        One PNG data URI a matrix, the values at the two ends of the scale, and the scale as a PNG data URI.
+    Returns one PNG data URI a matrix, the values at the two ends of the scale, and the scale as a PNG data URI.
     """
     scaled = [gram / max(float(np.linalg.norm(gram)), 1e-12) for gram in grams]
     low, high = np.percentile(np.concatenate([matrix.ravel() for matrix in scaled]), [1, 99])
-    paint = matplotlib.colormaps["viridis"]
+    shades = [np.clip((matrix - low) / max(high - low, 1e-12), 0, 1) for matrix in scaled]
     uris = []
-    for matrix in scaled:
-        shades = paint(np.clip((matrix - low) / max(high - low, 1e-12), 0, 1), bytes=True)
-        picture = Image.fromarray(shades).convert("RGB")
-        if max(picture.size) > MAX_PIXELS:
-            picture = picture.resize((MAX_PIXELS, MAX_PIXELS), Image.Resampling.BOX)
+    for shade in (*shades, np.linspace(0, 1, 128)[None]):
+        picture = Image.fromarray(matplotlib.colormaps["viridis"](shade, bytes=True)).convert("RGB")
+        picture.thumbnail((MAX_PIXELS, MAX_PIXELS), Image.Resampling.BOX, reducing_gap=None)
         uris.append(_png(picture))
-    scale = Image.fromarray(paint(np.linspace(0, 1, 128)[None], bytes=True)).convert("RGB")
-    return uris, (float(low), float(high)), _png(scale)
+    return uris[:-1], (float(low), float(high)), uris[-1]
 
 
-def picture_uri(path: str | Path) -> str | None:
-    """Return a picture file as a PNG data URI, shrunk if it is large, or None if it cannot be read."""
+def picture_uri(path: str) -> str | None:
+    """A picture file as a PNG data URI, shrunk if it is large, or None if it cannot be read."""
     try:
         with Image.open(path) as opened:
             picture = opened.convert("RGB")
@@ -190,7 +166,6 @@ def _svg(figure: Figure, prefix: str) -> str:
     nothing = {"Creator": None, "Date": None, "Format": None, "Type": None}
     figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue()
-    text = text[text.index("<svg") :]
     for mark in ('id="', "url(#", 'href="#'):
         text = text.replace(mark, f"{mark}{prefix}-")
-    return text
+    return text[text.index("<svg") :]

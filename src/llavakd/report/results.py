@@ -1,251 +1,123 @@
 """Read finished run folders and merge them into one set of results."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llavakd.errors import UserError
+
 TEACHER = "teacher"
 ANSWER_KEYS = ("id", "question", "truth", "prediction", "correct")
 STAGE_ORDER = ("pt", "dpt", "sft", "dft")
 
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """One model's answer to one test question."""
-
-    id: str
-    type: str
-    images: tuple[str, ...]
-    question: str
-    truth: str
-    prediction: str
-    correct: bool
+Json = dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Row:
-    """One evaluated model.
-
-    Attributes:
-        raw: The row exactly as `results.json` holds it; it is written back unchanged.
-        folder: The run folder that holds this model's evaluation.
-        predictions: Answers by question id; empty when the run kept none.
-        gram: Gram matrix of the visual tokens of the probe picture, if the run kept one.
-    """
-
-    raw: Mapping[str, Any]
-    folder: Path
-    predictions: Mapping[str, Prediction] = field(default_factory=dict, repr=False)
-    gram: NDArray[np.float32] | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def name(self) -> str:
-        """Name of the model, its stages joined by dashes, or `teacher`."""
-        return str(self.raw["name"])
-
-    @property
-    def seed(self) -> int | None:
-        """Seed of the training run."""
-        return self.raw.get("seed")
-
-    @property
-    def accuracy(self) -> float:
-        """Share of the test questions answered right."""
-        return float(self.raw["accuracy"])
-
-    @property
-    def n(self) -> int:
-        """Number of test questions."""
-        return int(self.raw["n"])
-
-    def number(self, key: str) -> float | None:
-        """Return a number of the row, or None where the run did not record it."""
-        value = self.raw.get(key)
-        return None if value is None else float(value)
-
-    def by_kind(self, key: str) -> dict[str, float]:
-        """Return one of the maps from question kind to number, empty if the run did not record it."""
-        return dict(self.raw.get(key) or {})
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageLog:
-    """What one stage of a run logged: one mapping a step, in the order of the steps."""
+    """One evaluated model."""
 
     name: str
-    metrics: tuple[Mapping[str, Any], ...]
+    seed: int | None
+    accuracy: float  # share of the n test questions answered right
+    n: int
+    raw: Json  # the row exactly as results.json holds it; it is written back unchanged
+    folder: Path  # the run folder that holds this model's evaluation
+    predictions: dict[str, Json]  # lines of predictions.jsonl by question id; empty when the run kept none
+    gram: NDArray[np.float32] | None  # [N, N] of the visual tokens of the probe picture, if the run kept one
+
+    def by_kind(self, key: str) -> dict[str, float]:
+        """One of the row's maps from question kind to number, empty where the run did not record it."""
+        return self.raw.get(key) or {}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Run:
-    """One run folder: a label unique among the merged runs, its stages and its recipe text."""
+    """One run folder: a label unique among the merged runs, logged steps in order by stage, and its recipe's text."""
 
     folder: Path
     label: str
-    stages: tuple[StageLog, ...]
+    stages: dict[str, list[Json]]
     recipe: str | None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Results:
-    """All rows, runs and environments, merged.
+    """All merged: `probe` are the pictures of the Gram matrices, `notes` a line for each thing that the runs lack."""
 
-    Attributes:
-        probe: Pictures that the Gram matrices were computed on.
-        notes: One line for each thing that the run folders lack.
-    """
-
-    rows: tuple[Row, ...]
-    runs: tuple[Run, ...]
-    environment: Mapping[str, Any]
-    probe: tuple[str, ...]
-    notes: tuple[str, ...]
+    rows: list[Row]
+    runs: list[Run]
+    environment: Json
+    probe: list[str]
+    notes: list[str]
 
     def label(self, row: Row) -> str:
-        """Return the row's name, with its seed where another row has the same name."""
+        """The row's name, with its seed where another row has the same name."""
         shared = sum(other.name == row.name for other in self.rows) > 1
         return f"{row.name} (seed {row.seed})" if shared else row.name
 
 
 def collect(runs: Sequence[Path]) -> Results:
-    """Merge the results of finished run folders.
-
-    Args:
-        runs: Run folders, each with a `results.json`.
-
-    Returns:
-        The merged results, rows in the order of the folders.
+    """Merge the results of finished run folders, rows in the order of the folders.
 
     Raises:
-        ValueError: If a folder has no usable `results.json`, or two folders disagree about one row.
+        UserError: a folder has no usable `results.json`, or two folders disagree about one row.
     """
-    folders = list(dict.fromkeys(Path(run) for run in runs))
+    folders = list(dict.fromkeys(map(Path, runs)))
     if not folders:
-        raise ValueError("got no run folder, expected at least one; name a folder that `llava-kd train` wrote")
-    notes: list[str] = []
-    environment: dict[str, Any] = {}
-    merged: dict[tuple[str, Any], tuple[dict[str, Any], list[Path]]] = {}
+        raise UserError("got no run folder, expected at least one; name a folder that `llava-kd train` wrote")
+    environment: Json = {}
+    merged: dict[tuple[str, Any], tuple[Json, list[Path]]] = {}
     for folder in folders:
         data = _read_results(folder)
-        environment = _merge_environment(environment, data.get("environment") or {})
+        _merge_environment(environment, data.get("environment") or {})
         for raw in data["rows"]:
             _merge_row(merged, raw, folder)
-    rows, probe = _load_rows(list(merged.values()), notes)
+    notes: list[str] = []
+    rows, probe = _load_rows(merged.values(), notes)
     names = [folder.resolve().name for folder in folders]
-    read = tuple(
-        _read_run(folder, name if names.count(name) == 1 else str(folder), notes)
-        for folder, name in zip(folders, names, strict=True)
-    )
-    return Results(rows=rows, runs=read, environment=environment, probe=probe, notes=tuple(notes))
+    labels = [name if names.count(name) == 1 else str(folder) for folder, name in zip(folders, names, strict=True)]
+    read = [_read_run(folder, label, notes) for folder, label in zip(folders, labels, strict=True)]
+    return Results(rows=rows, runs=read, environment=environment, probe=probe, notes=notes)
 
 
-def _read_results(folder: Path) -> dict[str, Any]:
+def _read_results(folder: Path) -> Json:
     path = folder / "results.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no results.json; run `llava-kd train` there first")
     data = _read_json(path, "rows")
+    if data is None:
+        raise UserError(f"{folder} has no results.json; run `llava-kd train` there first")
     for index, raw in enumerate(data["rows"]):
         missing = [key for key in ("name", "accuracy", "n") if not isinstance(raw, dict) or raw.get(key) is None]
         if missing or raw["n"] < 1:
             problem = f"lacks {', '.join(missing)}" if missing else f"has n = {raw['n']}"
-            raise ValueError(
+            raise UserError(
                 f"{path}: row {index} {problem}, expected a name, an accuracy and n of 1 or more; evaluate it again"
             )
     return data
 
 
-def _read_json(path: Path, key: str) -> dict[str, Any]:
-    """Read a JSON object that holds a list under the key."""
+def _read_json(path: Path, key: str) -> Json | None:
+    """Read a JSON object that holds a list under the key; None where there is no file."""
+    if not path.is_file():
+        return None
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); run `llava-kd train` there again") from error
+        raise UserError(f"{path} is not valid JSON ({error}); run `llava-kd train` there again") from error
     if not isinstance(data, dict) or not isinstance(data.get(key), list):
-        raise ValueError(
-            f'{path} has no list "{key}", expected {{"{key}": [...], ...}}; run `llava-kd train` there again'
-        )
+        raise UserError(f'{path} has no list "{key}", as it should; run `llava-kd train` there again')
     return data
 
 
-def _merge_environment(first: dict[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep what agrees; make a list of what differs, so that merging again changes nothing."""
-    merged = dict(first)
-    for key, value in second.items():
-        if key not in merged:
-            merged[key] = value
-        elif merged[key] != value:
-            old, new = (item if isinstance(item, list) else [item] for item in (merged[key], value))
-            merged[key] = old + [item for item in new if item not in old]
-    return merged
-
-
-def _merge_row(
-    merged: dict[tuple[str, Any], tuple[dict[str, Any], list[Path]]], raw: dict[str, Any], folder: Path
-) -> None:
-    for other, folders in merged.values():
-        same_teacher = raw["name"] == other["name"] == TEACHER and raw["accuracy"] == other["accuracy"]
-        if raw == other or same_teacher:
-            folders.append(folder)
-            return
-    key = (raw["name"], raw.get("seed"))
-    if key in merged:
-        raise ValueError(
-            f"{merged[key][1][0]} and {folder} hold different rows for {key[0]!r} with seed {key[1]}, expected one row "
-            "for a name and seed; leave one of the two folders out, or train one with another seed"
-        )
-    merged[key] = (raw, [folder])
-
-
-def _load_rows(
-    merged: Sequence[tuple[dict[str, Any], list[Path]]], notes: list[str]
-) -> tuple[tuple[Row, ...], tuple[str, ...]]:
-    rows: list[Row] = []
-    probe: dict[str, Any] | None = None
-    for raw, folders in merged:
-        name = str(raw["name"])
-        folder = next((f for f in folders if (f / "evaluation" / name).is_dir()), folders[0])
-        answers = folder / "evaluation" / name / "predictions.jsonl"
-        if not answers.is_file():
-            notes.append(f"{name}: no predictions, so it is not among the test pictures.")
-        matrix, picture = answers.with_name("gram.npy"), folder / "evaluation" / "probe.json"
-        gram = np.load(matrix) if matrix.is_file() else None
-        shown = _read_json(picture, "images") if picture.is_file() else None
-        if gram is None:
-            notes.append(f"{name}: no Gram matrix of the probe picture.")
-        elif probe is None:
-            probe = shown
-        elif shown is not None and shown.get("id") != probe.get("id"):
-            notes.append(f"{name}: its Gram matrix is of another probe picture, so it is left out.")
-            gram = None
-        predictions = (
-            {p.id: p for p in map(_prediction, _read_lines(answers, ANSWER_KEYS))} if answers.is_file() else {}
-        )
-        rows.append(Row(raw=raw, folder=folder, predictions=predictions, gram=gram))
-    return tuple(rows), tuple(probe["images"]) if probe else ()
-
-
-def _prediction(line: Mapping[str, Any]) -> Prediction:
-    return Prediction(
-        id=str(line["id"]),
-        type=str(line.get("type", "")),
-        images=tuple(line.get("images") or ()),
-        question=str(line["question"]),
-        truth=str(line["truth"]),
-        prediction=str(line["prediction"]),
-        correct=bool(line["correct"]),
-    )
-
-
-def _read_lines(path: Path, required: Sequence[str]) -> list[dict[str, Any]]:
-    lines: list[dict[str, Any]] = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+def _read_lines(path: Path, required: Sequence[str]) -> list[Json]:
+    """Read a JSON object a line, each with the required keys; nothing where there is no file."""
+    lines: list[Json] = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n") if path.is_file() else [], start=1):
         if not text.strip():
             continue
         try:
@@ -253,7 +125,7 @@ def _read_lines(path: Path, required: Sequence[str]) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             line = None
         if not isinstance(line, dict) or any(key not in line for key in required):
-            raise ValueError(
+            raise UserError(
                 f"{path}, line {number} holds {text[:60]!r}, expected a JSON object with {', '.join(required)}; "
                 "delete the broken line or make the file again"
             )
@@ -261,28 +133,84 @@ def _read_lines(path: Path, required: Sequence[str]) -> list[dict[str, Any]]:
     return lines
 
 
+def _merge_environment(merged: Json, more: Json) -> None:
+    """Keep what agrees; make a list of what differs, so that merging again changes nothing."""
+    for key, value in more.items():
+        if merged.setdefault(key, value) != value:
+            old, new = (item if isinstance(item, list) else [item] for item in (merged[key], value))
+            merged[key] = old + [item for item in new if item not in old]
+
+
+def _merge_row(merged: dict[tuple[str, Any], tuple[Json, list[Path]]], raw: Json, folder: Path) -> None:
+    for other, folders in merged.values():
+        if raw == other or (raw["name"] == other["name"] == TEACHER and raw["accuracy"] == other["accuracy"]):
+            folders.append(folder)
+            return
+    key = (raw["name"], raw.get("seed"))
+    if key in merged:
+        raise UserError(
+            f"{merged[key][1][0]} and {folder} hold different rows for {key[0]!r} with seed {key[1]}, expected one row "
+            "for a name and seed; leave one of the two folders out, or train one with another seed"
+        )
+    merged[key] = (raw, [folder])
+
+
+def _load_rows(merged: Iterable[tuple[Json, list[Path]]], notes: list[str]) -> tuple[list[Row], list[str]]:
+    """Read what each model's evaluation kept; returns the rows and the probe pictures."""
+    rows: list[Row] = []
+    probe: Json | None = None
+    for raw, folders in merged:
+        name = str(raw["name"])
+        folder = next((f for f in folders if (f / "evaluation" / name).is_dir()), folders[0])
+        place = folder / "evaluation"
+        answers = _read_lines(place / name / "predictions.jsonl", ANSWER_KEYS)
+        if not answers:
+            notes.append(f"{name}: no predictions, so it is not among the test pictures.")
+        matrix = place / name / "gram.npy"
+        gram = np.load(matrix) if matrix.is_file() else None
+        shown = _read_json(place / "probe.json", "images")
+        if gram is None:
+            notes.append(f"{name}: no Gram matrix of the probe picture.")
+        elif probe is None:
+            probe = shown
+        elif shown is not None and shown.get("id") != probe.get("id"):
+            notes.append(f"{name}: its Gram matrix is of another probe picture, so it is left out.")
+            gram = None
+        rows.append(
+            Row(
+                name=name,
+                seed=raw.get("seed"),
+                accuracy=float(raw["accuracy"]),
+                n=int(raw["n"]),
+                raw=raw,
+                folder=folder,
+                predictions={str(line["id"]): line for line in answers},
+                gram=gram,
+            )
+        )
+    return rows, probe["images"] if probe else []
+
+
 def _read_run(folder: Path, label: str, notes: list[str]) -> Run:
-    pipeline, recipe = folder / "pipeline.json", folder / "recipe.yaml"
-    if pipeline.is_file():
-        stages = _read_json(pipeline, "stages")["stages"]
-        names = [str(stage["name"]) for stage in stages]
-        for stage in stages:
-            if stage.get("state") != "done":
-                notes.append(f"{label}: stage {stage['name']} is {stage.get('state')}, not done.")
+    pipeline = _read_json(folder / "pipeline.json", "stages")
+    if pipeline is not None:
+        states = {str(stage["name"]): stage.get("state") for stage in pipeline["stages"]}
+        notes += [f"{label}: stage {name} is {state}, not done." for name, state in states.items() if state != "done"]
+        names = list(states)
     else:
         found = sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))
         names = sorted(found, key=lambda name: STAGE_ORDER.index(name) if name in STAGE_ORDER else len(STAGE_ORDER))
-    logs: list[StageLog] = []
+    stages: dict[str, list[Json]] = {}
     for name in names:
-        path = folder / name / "metrics.jsonl"
-        if path.is_file():
-            # A resumed stage logs some steps twice; the later line is the one that led to the final weights.
-            steps = {int(line["step"]): line for line in _read_lines(path, ("step",))}
-            logs.append(StageLog(name=name, metrics=tuple(steps[step] for step in sorted(steps))))
-    lost = [name for name in names if not any(log.name == name for log in logs)]
+        # A resumed stage logs some steps twice; the later line is the one that led to the final weights.
+        steps = {int(line["step"]): line for line in _read_lines(folder / name / "metrics.jsonl", ("step",))}
+        if steps:
+            stages[name] = [steps[step] for step in sorted(steps)]
+    lost = [name for name in names if name not in stages]
     if lost or not names:
         notes.append(f"{label}: no metrics of {', '.join(lost) or 'any stage'}.")
+    recipe = folder / "recipe.yaml"
     text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
     if text is None:
         notes.append(f"{label}: no recipe.yaml.")
-    return Run(folder=folder, label=label, stages=tuple(logs), recipe=text)
+    return Run(folder=folder, label=label, stages=stages, recipe=text)

@@ -1,7 +1,7 @@
 """The Shapes world: drawn pictures with questions, written as an ordinary LLaVA-format folder.
 
 It is small enough to run all three stages of the distillation in minutes on one machine, every answer in it is
-known, and no kind of question can be answered well without looking.  :func:`write_world` writes one.
+known, and no kind of question can be answered well without looking.
 """
 
 from llavakd.shapes.world import WorldSummary, write_world

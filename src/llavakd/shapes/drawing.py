@@ -9,15 +9,10 @@ from PIL import Image
 
 from llavakd.shapes.scenes import SIDE, Scene
 
-CELL = 16
-"""Width and height of a cell in pixels."""
-
-JITTER = 2
-"""The most pixels by which a thing is off its cell's centre, each way."""
-
-NOISE = 0.05
-"""Standard deviation of the pixel noise, where black is 0 and white is 1."""
-
+CELL = 16  # Width and height of a cell in pixels.
+JITTER = 2  # The most pixels by which a thing is off its cell's centre, each way.
+NOISE = 0.05  # Standard deviation of the pixel noise, where black is 0 and white is 1.
+DIAMETER = {"small": 8, "big": 12}  # Pixels across a thing; a big one, jittered, just fits its cell.
 GROUND = (128, 128, 128)
 RGB = {
     "red": (220, 30, 30),
@@ -27,9 +22,6 @@ RGB = {
     "white": (250, 250, 250),
     "black": (10, 10, 10),
 }
-DIAMETER = {"small": 8, "big": 12}
-"""Pixels across a thing; a big one, jittered, just fits its cell."""
-
 Coordinates = NDArray[np.float64]
 
 # Each says which pixels belong to the shape, from their places right of and below its centre in half diameters.
@@ -53,22 +45,14 @@ def mask(shape: str, size: str) -> NDArray[np.bool_]:
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """Draw a scene.
-
-    Args:
-        scene: What to draw.
-        rng: Decides the jitter of each thing and the noise of each pixel.
-
-    Returns:
-        An RGB picture, 48x48 pixels.
-    """
+    """Draw a scene as 48x48 RGB pixels; `rng` decides the jitter of each thing and the noise of each pixel."""
     canvas = np.empty((SIDE * CELL, SIDE * CELL, 3), dtype=np.float32)
     canvas[:] = GROUND
     jitter = rng.integers(-JITTER, JITTER + 1, (len(scene.things), 2)).tolist()
     for thing, (down, along) in zip(scene.things, jitter, strict=True):
         pixels = mask(thing.shape, thing.size)
         margin = (CELL - len(pixels)) // 2
-        top, left = thing.row * CELL + margin + down, thing.column * CELL + margin + along
+        top, left = thing.spot[0] * CELL + margin + down, thing.spot[1] * CELL + margin + along
         canvas[top : top + len(pixels), left : left + len(pixels)][pixels] = RGB[thing.color]
     canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * (255 * NOISE)
     return Image.fromarray(canvas.round().clip(0, 255).astype(np.uint8))

@@ -1,7 +1,5 @@
 """The world's small model parts as ordinary transformers folders without weights: tower, two language models, tokenizer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,8 +37,7 @@ def write_parts(folder: Path, *, seed: int = 0) -> None:
     ).save_pretrained(folder / "tower")
     SiglipImageProcessorPil(size={"height": 48, "width": 48}).save_pretrained(folder / "tower")
     tokenizer = train_tokenizer(seed)
-    sizes = {"teacher-lm": (160, 5), "student-lm": (96, 3)}
-    for name, (width, layers) in sizes.items():
+    for name, width, layers in (("teacher-lm", 160, 5), ("student-lm", 128, 4)):
         Qwen2Config(
             vocab_size=VOCAB_SIZE,
             hidden_size=width,
@@ -62,15 +59,13 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     core.decoder = decoders.ByteLevel()
-    core.train_from_iterator(
-        _texts(seed),
-        trainers.BpeTrainer(
-            vocab_size=VOCAB_SIZE,
-            special_tokens=_SPECIAL,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=_SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
+    core.train_from_iterator(_texts(seed), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         eos_token=_END,
@@ -87,11 +82,5 @@ def _texts(seed: int) -> Iterator[str]:
         yield caption(scene)
         for question in ask_several(scene, 4, rng):
             yield from (question.text, question.answer)  # answers and questions start their line, without a space
-    yield from [
-        TEMPLATES["vicuna_v1"].system,
-        f" {_ENGLISH}",
-        "user\n",
-        "assistant\n",
-        "scene:",
-        "describe the picture.",
-    ] * 100
+    lines = [TEMPLATES["vicuna_v1"].system, f" {_ENGLISH}", "user\n", "assistant\n", "scene:", "describe the picture."]
+    yield from lines * 100

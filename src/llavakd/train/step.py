@@ -136,10 +136,10 @@ def _forward(state: TrainState, batch: Batch, counts: Counts) -> Objective:
         head = state.teacher.head
         teacher_features = features
         if batch.pixel_values is not None and (tower_learns or not state.pair.shared_tower):
+            pixels = batch.pixel_values if state.pair.shared_pixels else batch.teacher_pixel_values
+            assert pixels is not None, "the teacher has another image processor, but the batch lacks its pixels"
             with torch.no_grad():
-                teacher_features = vision_features(
-                    state.teacher.model, batch.pixel_values.to(state.teacher.model.dtype)
-                )
+                teacher_features = vision_features(state.teacher.model, pixels.to(state.teacher.model.dtype))
         taught = teacher_hidden(
             state.teacher, batch.input_ids, batch.attention_mask, batch.segments == Segment.VISUAL, teacher_features
         )

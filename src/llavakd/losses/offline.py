@@ -1,0 +1,120 @@
+"""The loss of `distill_rows` against a teacher that is no longer there: its k likeliest ids per row, stored."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llavakd.losses.rows import (
+    RowLosses,
+    cross_entropy_with_gradient,
+    exact_dtype,
+    gradient_dtype,
+    operand_dtype,
+    score_rows,
+)
+
+
+def distill_rows_topk(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_ids: Tensor,
+    teacher_logp: Tensor,
+    labels: Tensor,
+    *,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
+    teacher_tail: Tensor | None = None,
+    tail: Literal["bucket", "renormalize"] = "bucket",
+    vocab_size: int | None = None,
+    chunk_rows: int | None = None,
+) -> RowLosses:
+    """Weighted sums of cross-entropy and forward KL, at temperature 1, against stored teacher probabilities.
+
+    Two conventions for the mass P_tail = 1 - sum_k P_k that was not stored; both are the full KL at k = V:
+    "bucket": all other ids are one outcome, sum_k P_k (log P_k - log Q_k) + P_tail (log P_tail - log Q_tail) with
+        Q_tail the student's mass outside the k: a lower bound of the full KL (data processing inequality), with no
+        opinion on how the rest is shared out.
+    "renormalize": the stored ones are scaled to sum to one and the rest is taken for zero: sum_k P'_k (log P'_k -
+        log Q_k); pushes the student's mass outside the k to zero.
+
+    Args:
+        student_hidden: [N, D_s]; row i is the position that predicts labels[i].
+        student_head: [V_s, D_s], without bias.
+        teacher_ids: int64 [N, k], distinct within a row, below `vocab_size`.
+        teacher_logp: [N, k] natural log-probabilities of the teacher's whole softmax over the shared vocabulary.
+        labels: int64 [N]; -100: no cross-entropy in that row.
+        ce_weight: float32 [N].
+        kl_weight: float32 [N].
+        teacher_tail: [N], P_tail as it was measured; default 1 - sum_k P_k, which half-precision storage blurs.
+        tail: see above.
+        vocab_size: ids that both models share; default the student's head rows.
+        chunk_rows: rows whose logits are alive at once.
+
+    Raises:
+        ValueError: an unknown tail, an id outside the vocabulary, or probabilities of a row that sum to more than one.
+    """
+    vocab_size = len(student_head) if vocab_size is None else vocab_size
+    if tail not in ("bucket", "renormalize"):
+        raise ValueError(f"tail {tail!r} is not known; use 'bucket' or 'renormalize'")
+    distilled = kl_weight != 0
+    if not bool(((teacher_ids >= 0) & (teacher_ids < vocab_size) | ~distilled[:, None]).all()):
+        raise ValueError(f"teacher_ids must lie in [0, {vocab_size}); the teacher was stored with another vocabulary")
+    p = teacher_logp.detach().to(exact_dtype(student_hidden)).exp().where(distilled[:, None], 0)
+    mass = p.sum(-1)
+    if bool((mass > 1 + 1e-3).any()):
+        raise ValueError(
+            f"probabilities of row {int(mass.argmax())} sum to {float(mass.max()):.4f}; "
+            "give natural logarithms of one softmax"
+        )
+    if tail == "renormalize":
+        p, rest = p / mass.where(distilled, 1)[:, None], torch.zeros_like(mass)
+    else:
+        rest = 1 - mass if teacher_tail is None else teacher_tail.detach().to(p.dtype)
+        rest = rest.clamp_min(0).where(distilled, 0)
+    ids = teacher_ids.where(distilled[:, None], 0)
+    dtype = gradient_dtype(operand_dtype(student_hidden))
+
+    def score(logits: Tensor, rows: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _score(logits, ids[rows], p[rows], rest[rows], *weights, dtype=dtype)
+
+    return score_rows(
+        student_hidden,
+        student_head,
+        labels,
+        ce_weight=ce_weight,
+        kl_weight=kl_weight,
+        score=score,
+        vocab_size=vocab_size,
+        chunk_rows=chunk_rows,
+    )
+
+
+def _score(
+    logits: Tensor,
+    ids: Tensor,
+    p: Tensor,
+    rest: Tensor,
+    labels: Tensor,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
+    *,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """CE, sum_k P_k (log P_k - log Q_k) + rest (log rest - log Q_rest), and the gradient to `logits`."""
+    ce, grad = cross_entropy_with_gradient(logits, labels, ce_weight)
+    student = F.log_softmax(logits, dim=-1)
+    kl = torch.xlogy(p, p).sum(-1) - (p * student.gather(1, ids)).sum(-1)
+    slope = student.exp() * p.sum(-1, keepdim=True)
+    outside = student.scatter(1, ids, -torch.inf)
+    log_rest = outside.logsumexp(-1)  # -inf where k is the whole vocabulary
+    counts = (rest > 0) & (log_rest > -torch.inf)
+    kl = kl + (torch.xlogy(rest, rest) - rest * log_rest).where(counts, 0)
+    # d log Q_rest is the softmax among the ids outside the k, less the softmax among all.
+    inside = (outside - log_rest[:, None]).exp().where(counts[:, None], 0)
+    slope = slope + (student.exp() - inside) * rest.where(counts, 0)[:, None]
+    grad += slope.scatter_add(1, ids, -p) * kl_weight[:, None]
+    return ce, kl.where(kl_weight != 0, 0), grad.to(dtype)

@@ -1,0 +1,335 @@
+"""What a run would cost, from configs alone: parameters, tokens, FLOPs, memory per GPU and hours of every stage.
+
+FLOPs are counted from the shapes of the layers. Activations are what autograd keeps when the real forward runs on
+tensors without data (FakeTensorMode), with one decoder layer and with two; the whole stack follows from the difference.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoConfig, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
+
+from llavakd.config import Recipe, StageConfig, resolve_paths
+from llavakd.data.chat import ChatRenderer, Segment
+from llavakd.data.samples import IMAGE_TAG, load_samples
+from llavakd.errors import UserError, nearest
+from llavakd.losses.rows import CHUNK_BYTES
+from llavakd.models.student import VisionLanguageModel, final_hidden, load_for, student_config, vision_features
+from llavakd.models.teacher import DTYPES
+from llavakd.train.loop import shard_of, total_steps
+
+# bf16 TFLOP/s of the matrix units (dense, fp32 accumulation) and memory in GiB, from the vendors' data sheets.
+GPUS = {
+    **{"A100-40": (312, 40), "A100-80": (312, 80), "H100": (989, 80), "H200": (989, 141), "B200": (2250, 180)},
+    **{"L4": (121, 24), "L40S": (362, 48), "A6000": (155, 48), "RTX-3090": (71, 24), "RTX-4090": (165, 24)},
+}
+_USABLE = 0.92  # of a GPU's memory; the rest goes to the driver, to fragments and to work space
+# Rows and text tokens per row of the published files, for a plan before the download; the tokens are our estimate.
+_PUBLISHED = {"blip_laion_cc_sbu_558k.json": (558_128, 25), "llava_v1_5_mix665k.json": (665_298, 200)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """A data source: its rows, what a mean row holds, and the most that a row holds."""
+
+    rows: int
+    visual: float
+    text: float
+    response: float
+    longest: int
+    most_pictures: int = 1
+
+
+def plan_run(
+    recipe: Recipe,
+    *,
+    gpu: str = "A100-80",
+    gpus: int = 1,
+    efficiency: float = 0.4,
+    rows: int | None = None,
+    text_tokens: int | None = None,
+) -> dict[str, Any]:
+    """Plan every stage: plain values, FLOPs of the whole stage and bytes per GPU by part.
+
+    Hours are FLOPs over the GPUs' bf16 rate times `efficiency`; loading, saving and evaluation are not in them. `rows`
+    and `text_tokens` (of a mean row) stand in for data files that are not there. Raises UserError for an unknown GPU, a
+    config that cannot be read (its key is named), and data of unknown size.
+    """
+    if gpu not in GPUS:
+        raise UserError(f"--gpu: {gpu!r} is not known{nearest(gpu, GPUS)}; known are {', '.join(GPUS)}")
+    if gpus < 1 or not 0 < efficiency <= 1:
+        raise UserError(f"got --gpus {gpus} and --efficiency {efficiency}; expected at least 1, and a share up to 1")
+    recipe = resolve_paths(recipe, Path("runs") / recipe.name)
+    student = _outline(student_config(recipe.student))
+    teacher: VisionLanguageModel | None = None
+    assumptions = ["hours are those of bf16, precision is fp32"] if recipe.precision == "fp32" else []
+    if recipe.teacher and any(stage.losses.distils for stage in recipe.stages):
+        config = load_for("teacher.path", AutoConfig, recipe.teacher.path)
+        if config.model_type != "llava":
+            raise UserError(
+                f"teacher.path: {recipe.teacher.path} holds a {config.model_type!r} model, expected 'llava'"
+            )
+        teacher = _outline(config)
+        if _tower_flops(student) == _tower_flops(teacher):
+            assumptions.append("vision towers of equal size are taken to be equal: one run serves both models")
+    sources = {
+        name: _tokens(recipe, name, student.tokens_per_image, rows, text_tokens, assumptions)
+        for name in dict.fromkeys(stage.data for stage in recipe.stages)
+    }
+    stages = []
+    for stage in recipe.stages:
+        cost = StageCost(recipe, stage, student, teacher if stage.losses.distils else None, sources[stage.data], gpus)
+        planned = cost.plan(GPUS[gpu][1] * 2**30 * _USABLE)
+        hours = sum(planned["flops"].values()) / (gpus * GPUS[gpu][0] * 1e12 * efficiency) / 3600
+        stages.append(planned | {"hours": hours})
+    models = {name: _sizes(model) for name, model in (("student", student), ("teacher", teacher)) if model}
+    answer = {"name": recipe.name, "gpu": gpu, "gpus": gpus, "efficiency": efficiency}
+    return answer | {"parameters": models, "stages": stages, "assumptions": assumptions}
+
+
+@dataclass(frozen=True, eq=False)
+class StageCost:
+    """One stage; `student` and `teacher` (None where nothing is distilled) are models on the meta device."""
+
+    recipe: Recipe
+    stage: StageConfig
+    student: VisionLanguageModel
+    teacher: VisionLanguageModel | None
+    tokens: Tokens
+    gpus: int = 1
+
+    def plan(self, usable: float) -> dict[str, Any]:
+        """Everything about the stage but its hours; `usable` bytes of memory per GPU."""
+        recipe, stage, tokens = self.recipe, self.stage, self.tokens
+        self.student.train_only(stage.train)
+        micro = shard_of(recipe, stage.name, rank=0, world_size=self.gpus).micro_batch_size
+        steps = total_steps(tokens.rows, stage.global_batch_size, stage.epochs, stage.data)
+        seen = steps * stage.global_batch_size
+        flops = {part: seen * value for part, value in self.row_flops(micro).items()}
+        if recipe.cache_features:  # each picture once, for the first stage that reads its folder
+            images = recipe.data[stage.data].images
+            first = next(other for other in recipe.stages if recipe.data[other.data].images == images)
+            flops["vision_tower"] *= (first is stage) * tokens.rows / seen
+        now = (micro, recipe.gradient_checkpointing, recipe.teacher.dtype if recipe.teacher else "bfloat16")
+        return {
+            "name": stage.name,
+            "trainable": sum(p.numel() for p in self.student.model.parameters() if p.requires_grad),
+            "tokens": asdict(tokens),
+            "steps": steps,
+            "micro_batch_size": micro,
+            "accumulation": stage.global_batch_size // (micro * self.gpus),
+            "flops": flops,
+            "memory": self.memory(*now),
+            "advice": self._advice(now, usable),
+        }
+
+    def row_flops(self, micro: int) -> dict[str, float]:
+        """FLOPs of one mean row by part; a multiplication and its addition are two, attention is counted unmasked."""
+        losses, again, tokens = self.stage.losses, self.recipe.gradient_checkpointing, self.tokens
+        tower_learns, projector_learns, text_learns = (part in self.stage.train for part in self.student.parts())
+        count, pictures = self.student.tokens_per_image, tokens.visual / self.student.tokens_per_image
+        linear, attention, projector = _language_flops(self.student, tokens)
+        tower = pictures * _tower_flops(self.student)
+        # A frozen layer passes the gradient on: one product; a learning one makes its own, too. Attention: five for two.
+        backward = linear * (1 + text_learns) + attention * 2.5 + 2 * projector * projector_learns
+        config = (
+            self.student.model.config.text_config
+        )  # a layer is made again up to its last matrix, which is not needed
+        last = (
+            2 * (tokens.visual + tokens.text) * config.hidden_size * config.intermediate_size * config.num_hidden_layers
+        )
+        backward += again * (linear + attention - last)
+        flops = {"vision_tower": tower, "student_forward": linear + attention + projector}
+        flops["student_backward"] = backward + tower * (2 + again) * tower_learns
+        width, ds, live = self._width(), self.student.head.shape[1], self._live(tokens.visual, tokens.response)
+        flops["heads"] = 2 * live * width * ds * (2 + text_learns)
+        if self.teacher:
+            dt = self.teacher.head.shape[1]
+            theirs = pictures * _tower_flops(self.teacher)
+            flops["teacher"] = sum(_language_flops(self.teacher, tokens)) + theirs * (tower_learns or theirs != tower)
+            flops["heads"] += 2 * live * width * dt
+            squares = 4 * width * ds * ds * text_learns / micro  # a frozen head's is made once
+            grams = 2 * count * (ds * ds * (2 + text_learns) + dt * dt) + 2 * count**2 * (3 * ds + dt)
+            flops["relation"] = (squares + pictures * grams) * bool(losses.relation and pictures)
+        return flops
+
+    def memory(self, micro: int, checkpointing: bool, teacher_dtype: str) -> dict[str, float]:
+        """Bytes on one GPU by part, with `micro` of the longest rows, and their `peak`."""
+        model, head, tokens, width = self.student.model, self.student.head, self.tokens, self._width()
+        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        gradients = sum(parameter.nbytes for parameter in learning)
+        bf16, parts = self.recipe.precision == "bf16", self.student.parts()
+
+        def kept(index: int, again: bool) -> float:  # linear in the rows
+            one, two = (self._saved(rows, again)[index] for rows in (1, 2))
+            return one + (micro - 1) * (two - one)
+
+        # Two bytes per weight: the copies that autocast holds until the loss is made; without checkpointing they are kept.
+        copies = sum(_linear_flops(parts[part]) for part in self.stage.train) * (checkpointing and bf16)
+        visual = tokens.most_pictures * self.student.tokens_per_image
+        live = micro * self._live(visual, (tokens.longest - visual) * tokens.response / tokens.text)
+        # Logits of a chunk, the head in two bytes, its gradient, and the gradient to the rows.
+        chunk = 4 * width * min(live, CHUNK_BYTES["cuda"] // (8 * width)) * (2 if self.teacher else 1)
+        loss = chunk + 2 * width * head.shape[1] * bf16 + head.nbytes * head.requires_grad + 8 * live * head.shape[1]
+        theirs = 0
+        if self.teacher:
+            theirs = sum(p.numel() for p in self.teacher.model.parameters()) * DTYPES[teacher_dtype].itemsize
+        memory = {
+            "weights": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+            "teacher": theirs,
+            "optimizer": 2 * gradients + 4 * len(learning),
+            "gradients": gradients,
+            "activations": kept(0, checkpointing),
+            "recomputed layer": kept(1, False) * checkpointing,
+            "loss": loss + copies,
+        }
+        standing = memory["weights"] + theirs + memory["optimizer"] + gradients * (self.gpus > 1)  # DDP's buckets
+        passing = memory["activations"] + max(memory["loss"], memory["recomputed layer"])
+        # Without accumulation gradients come while activations go, all but the layer that is made again.
+        accumulates = self.stage.global_batch_size > micro * self.gpus
+        return memory | {
+            "peak": standing
+            + (gradients + passing if accumulates else max(gradients + memory["recomputed layer"], passing))
+        }
+
+    def _advice(self, now: tuple[int, bool, str], usable: float) -> str:
+        """The settings with which the stage fits, written as overrides; empty where it fits as it is."""
+        smaller = [rows for rows in range(now[0], 0, -1) if now[0] % rows == 0]
+        for new in itertools.product(dict.fromkeys([now[2], "bfloat16"]), dict.fromkeys([now[1], True]), smaller):
+            if self.memory(*new[::-1])["peak"] <= usable:
+                keys = (f"stages.{self.stage.name}.micro_batch_size", "gradient_checkpointing", "teacher.dtype")
+                pairs = zip(keys, new[::-1], now, strict=True)
+                return " ".join(f"{key}={value}".lower() for key, value, old in pairs if value != old)
+        return "a GPU with more memory: no setting of the recipe is enough"
+
+    def _width(self) -> int:
+        return min(len(model.head) for model in (self.student, self.teacher) if model)
+
+    def _live(self, visual: float, response: float) -> float:
+        """Positions, of so many, that reach the heads."""
+        losses = self.stage.losses
+        return response * bool(losses.ce or losses.response_kl) + visual * bool(losses.visual_kl)
+
+    @functools.cache  # noqa: B019 - lives as long as the plan is made
+    def _saved(self, rows: int, checkpointing: bool) -> tuple[int, int]:
+        """Bytes that autograd keeps of `rows` longest rows, and of one decoder layer alone."""
+        config, kept = self.student.model.config, functools.partial(self._kept, rows, checkpointing)
+        base = kept(1, 1)
+        layer = kept(2, 1) - base
+        total = base + (config.text_config.num_hidden_layers - 1) * layer
+        if "vision_tower" in self.stage.train:
+            total += (config.vision_config.num_hidden_layers - 1) * (kept(1, 2) - base)
+        return total, layer
+
+    def _kept(self, rows: int, checkpointing: bool, text_layers: int, vision_layers: int) -> int:
+        """Bytes that autograd keeps of the real forward over `rows` longest rows, of a student cut to so many layers."""
+        thin, train, tokens = copy.deepcopy(self.student.model.config), self.stage.train, self.tokens
+        thin.text_config.num_hidden_layers, thin.vision_config.num_hidden_layers = text_layers, vision_layers
+        thin.vision_feature_layer = -1
+        student, vision = _outline(thin), thin.vision_config
+        model = student.model.train()
+        own: set[int] = set()
+        kept: dict[int, int] = {}
+        student.train_only(train)
+
+        def note(tensor: Tensor) -> Tensor:
+            if (storage := tensor.untyped_storage())._cdata not in own:
+                kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        with FakeTensorMode():
+            model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype)).tie_weights()
+            own |= {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+            if checkpointing:
+                getattr(
+                    model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
+                )()  # named so from 5.23
+            pictures, bf16 = rows * tokens.most_pictures, self.recipe.precision == "bf16"
+            visual = torch.empty(rows, tokens.longest, dtype=torch.bool)
+            features = torch.empty(pictures, student.tokens_per_image, vision.hidden_size) if pictures else None
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16), saved_tensors_hooks(note, lambda tensor: tensor):
+                if pictures and "vision_tower" in train:
+                    features = vision_features(model, torch.empty(pictures, 3, vision.image_size, vision.image_size))
+                hidden = final_hidden(model, visual.long(), visual.long(), visual, features)
+        del hidden  # it kept the graph alive: a storage is told from others by its address
+        return sum(kept.values())
+
+
+def _outline(config: LlavaConfig) -> VisionLanguageModel:
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config).float()  # parts take the dtype that their config names
+    return VisionLanguageModel(model=model, tokenizer=None, image_processor=None)
+
+
+def _sizes(model: VisionLanguageModel) -> dict[str, int]:
+    """Parameters by part, an untied head with its language model."""
+    sizes: dict[str, int] = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()}
+    return sizes | {"language_model": model.model.num_parameters() - sizes["vision_tower"] - sizes["projector"]}
+
+
+def _tokens(
+    recipe: Recipe, name: str, per_picture: int, rows: int | None, text: int | None, assumptions: list[str]
+) -> Tokens:
+    """Counts of a source from a sample of its rows, or assumed where its file is not there."""
+    data = recipe.data[name]
+    if Path(data.path).is_file():
+        samples = load_samples(data)
+        tokenizer = load_for("student.language_model", AutoTokenizer, recipe.student.language_model)
+        mark = tokenizer.get_vocab().get(IMAGE_TAG, len(tokenizer))
+        lengths = {"tokens_per_image": per_picture, "max_length": data.max_length}
+        renderer = ChatRenderer(data.template, tokenizer, image_token_id=mark, **lengths)
+        chosen = samples[:: max(1, len(samples) // 512)]
+        rendered = [row.segments for row in renderer.render_many(chosen)]
+        mean = {kind: sum(row.count(kind) for row in rendered) / len(rendered) for kind in Segment}
+        return Tokens(
+            rows=len(samples),
+            visual=mean[Segment.VISUAL],
+            text=mean[Segment.PROMPT] + mean[Segment.RESPONSE],
+            response=mean[Segment.RESPONSE],
+            longest=max(map(len, rendered)),
+            most_pictures=max(len(sample.images) for sample in chosen),
+        )
+    known = _PUBLISHED.get(Path(data.path).name, (None, 200))
+    rows, text = rows or known[0], text or known[1]
+    if rows is None:
+        raise UserError(f"data.{name}.path: there is no file {data.path!r}; give --rows N to plan without it")
+    response = text if data.template == "pretrain" else text / 2
+    longest = min(data.max_length, per_picture + 8 * text)
+    assumptions.append(
+        f"data.{name}: no file {data.path}; assumed {rows:,} rows of one picture ({per_picture} tokens) and {text} text "
+        f"tokens, {response:.0f} of them answered, the longest row {longest} (change with --rows, --text-tokens)"
+    )
+    return Tokens(rows=rows, visual=per_picture, text=text, response=response, longest=longest)
+
+
+def _linear_flops(module: nn.Module) -> int:
+    """Of one position."""
+    return 2 * sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d))
+
+
+def _attention_flops(config: Any, length: float) -> float:
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 4 * length**2 * width * config.num_attention_heads * config.num_hidden_layers
+
+
+def _tower_flops(model: VisionLanguageModel) -> float:
+    count = model.tokens_per_image + (model.model.config.vision_feature_select_strategy == "default")
+    own = _attention_flops(model.model.config.vision_config, count)
+    return count * _linear_flops(model.parts()["vision_tower"]) + own
+
+
+def _language_flops(model: VisionLanguageModel, tokens: Tokens) -> tuple[float, float, float]:
+    """Of a mean row: the decoder's matrices, its attention, and the projector."""
+    length, parts = tokens.visual + tokens.text, model.parts()
+    attention = _attention_flops(model.model.config.text_config, length)
+    return length * _linear_flops(parts["language_model"]), attention, tokens.visual * _linear_flops(parts["projector"])

@@ -1,0 +1,327 @@
+"""What `plan` says, against real steps of real models on the CPU: FLOPs, memory, tokens, and advice that helps."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, LlavaForConditionalGeneration
+
+from llavakd import plan as plan_module
+from llavakd.config import load_recipe, parse_recipe
+from llavakd.data.chat import Segment
+from llavakd.data.collate import Batch, RowDataset
+from llavakd.data.samples import load_samples
+from llavakd.evaluate.generate import make_renderer
+from llavakd.losses import rows as rows_module
+from llavakd.models.alignment import Pair
+from llavakd.models.student import VisionLanguageModel, build_student, final_hidden, student_config, vision_features
+from llavakd.plan import plan_run
+from llavakd.train.optim import build_optimizer
+from llavakd.train.step import StudentModule, TrainState, train_step
+
+VISUAL, TEXT, RESPONSE = 48, 80, 40  # tokens of every row: 7 x 7 patches less one, and text, half of it answered
+ROWS = 6
+DISTILLED = {"ce": 1.0, "response_kl": 1.0, "visual_kl": 1.0, "relation": 0.5}
+BOTH = ["projector", "language_model"]
+# train, losses, precision, checkpointing, logits of a chunk
+KINDS = {
+    "dpt": (["projector"], DISTILLED, "bf16", False),
+    "sft recomputed": (BOTH, {"ce": 1.0}, "bf16", True),
+    "dft": (BOTH, DISTILLED, "bf16", False),
+    "all parts": (["vision_tower", *BOTH], {"ce": 1.0}, "fp32", False),
+}
+
+
+def language_model(width, inner, layers, heads, kv_heads, vocabulary, *, tied=True):
+    return {
+        "model_type": "qwen2",
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": tied,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def write_configs(folder: Path) -> dict[str, str]:
+    """config.json files alone: a tower, a language model, and a LLaVA teacher with the same tower and a wider head."""
+    tower = {"model_type": "siglip_vision_model", "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4}
+    tower |= {"num_attention_heads": 4, "image_size": 56, "patch_size": 8}
+    teacher = {"model_type": "llava", "vision_config": tower | {"vision_use_head": False}, "image_token_index": 7}
+    teacher |= {"text_config": language_model(256, 640, 6, 8, 8, 3072), "image_seq_length": VISUAL}
+    teacher |= {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", "tie_word_embeddings": True}
+    student = language_model(192, 512, 5, 6, 2, 3000)
+    for name, config in (("tower", tower), ("student", student), ("teacher", teacher)):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return {name: str(folder / name) for name in ("tower", "student", "teacher")}
+
+
+def recipe_of(parts, kind, **changes):
+    train, losses, precision, checkpointing = KINDS[kind]
+    stage = {"name": "one", "data": "rows", "train": train, "losses": losses, "learning_rate": 1.0e-4}
+    tree = {
+        "name": "planned",
+        "student": {"vision_tower": parts["tower"], "language_model": parts["student"]},
+        "teacher": {"path": parts["teacher"]},
+        "data": {"rows": {"path": "nowhere.json", "images": "images", "max_length": VISUAL + TEXT}},
+        "stages": [stage | {"global_batch_size": ROWS} | changes],
+        "precision": precision,
+        "gradient_checkpointing": checkpointing,
+    }
+    return parse_recipe(tree)
+
+
+def planned_stage(recipe, rows=ROWS):
+    return plan_run(recipe, rows=rows, text_tokens=TEXT)["stages"][0]
+
+
+def real_batch() -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(10, 3000, (ROWS, VISUAL + TEXT), generator=generator)
+    segments = torch.full(ids.shape, int(Segment.PROMPT), dtype=torch.uint8)
+    segments[:, 3 : 3 + VISUAL] = int(Segment.VISUAL)
+    segments[:, -RESPONSE:] = int(Segment.RESPONSE)
+    segments[0, -1] = int(Segment.PADDING)  # with padding a mask is made, as in nearly every real batch
+    return Batch(
+        input_ids=ids,
+        attention_mask=(segments != Segment.PADDING).long(),
+        labels=ids.where(segments == Segment.RESPONSE, -100),
+        segments=segments,
+        image_rows=torch.arange(ROWS),
+        pixel_values=torch.randn(ROWS, 3, 56, 56, generator=generator),
+    )
+
+
+def whole(config, attention: str) -> VisionLanguageModel:
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attention).float()
+    return VisionLanguageModel(model=model, tokenizer=None, image_processor=None)
+
+
+def real_state(recipe, attention: str) -> TrainState:
+    """What the pipeline would train with, weights drawn at random."""
+    torch.set_num_threads(1)
+    stage = recipe.stages[0]
+    student = whole(student_config(recipe.student), attention)
+    student.train_only(stage.train)
+    teacher = None
+    if stage.losses.distils:
+        teacher = whole(AutoConfig.from_pretrained(recipe.teacher.path), attention)
+        teacher.model.requires_grad_(False).eval().to(torch.bfloat16)
+    if recipe.gradient_checkpointing:
+        student.model.gradient_checkpointing_enable()
+    pair = Pair(vocab_size=3000, shared_tower=True, note="") if teacher else None
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if recipe.precision == "bf16" else "no")
+    module = StudentModule(student, stage, 3000 if teacher else None)
+    module, optimizer = accelerator.prepare(module, build_optimizer(module, stage))
+    student.model.train()
+    state = {"accelerator": accelerator, "module": module, "optimizer": optimizer, "student": student}
+    return TrainState(**state, teacher=teacher, pair=pair, stage=stage)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    yield write_configs(tmp_path_factory.mktemp("configs"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request, monkeypatch):
+    for device in rows_module.CHUNK_BYTES:  # the portable loss holds more of a chunk than the one on a GPU
+        monkeypatch.setitem(rows_module.CHUNK_BYTES, device, 2**16)
+    return request.param
+
+
+def test_flops_are_those_of_a_real_step(parts, kind):
+    recipe = recipe_of(parts, kind)
+    state = real_state(recipe, "eager")  # the counter does not know the CPU's fused attention
+    train_step(state, [real_batch()], step=0)  # makes W^T W of frozen heads
+    with FlopCounterMode(display=False) as counter:
+        train_step(state, [real_batch()], step=0)
+    flops = planned_stage(recipe)["flops"]
+    assert sum(flops.values()) == pytest.approx(counter.get_total_flops(), rel=0.05)
+    with FlopCounterMode(display=False) as counter:
+        vision_features(state.student.model, real_batch().pixel_values)
+    assert flops["vision_tower"] == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+class PeakMode(TorchDispatchMode):
+    """The most bytes that were alive at once in storages made while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for key in [key for key, (reference, _) in self.live.items() if reference.expired()]:
+            self.now -= self.live.pop(key)[1]
+        given = {
+            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+        }
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self.live and storage._cdata not in given:
+                    self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                    self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        return result
+
+
+def bytes_of(tensors) -> int:
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def test_memory_is_that_of_a_real_step(parts, kind):
+    recipe = recipe_of(parts, kind)
+    state = real_state(recipe, "sdpa")
+    batch = real_batch()
+    model = state.student.model
+    train_step(state, [batch], step=0)
+    memory = planned_stage(recipe)["memory"]
+    assert memory["weights"] == bytes_of([*model.parameters(), *model.buffers()])
+    learns = "vision_tower" in recipe.stages[0].train
+    # A learning tower's layers past the selected one never get a gradient; the plan does not know that.
+    exactly = pytest.approx if learns else lambda value, rel: value
+    states = bytes_of(tensor for entry in state.optimizer.state.values() for tensor in entry.values())
+    assert memory["optimizer"] == exactly(states, rel=0.05)
+    assert memory["teacher"] == (bytes_of(state.teacher.model.parameters()) if state.teacher else 0)
+
+    kept: dict[int, int] = {}
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+    def note(tensor):
+        if tensor.untyped_storage()._cdata not in own:
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with state.accelerator.autocast(), torch.set_grad_enabled(learns):
+        features = None if learns else vision_features(model, batch.pixel_values)
+    visual = batch.segments == Segment.VISUAL
+    with state.accelerator.autocast(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        if learns:
+            features = vision_features(model, batch.pixel_values)
+        hidden = final_hidden(model, batch.input_ids, batch.attention_mask, visual, features)
+    assert memory["activations"] == pytest.approx(sum(kept.values()), rel=0.05)
+    hidden.sum().backward()
+    gradients = bytes_of(p.grad for p in model.parameters() if p.grad is not None)
+    assert memory["gradients"] == exactly(gradients, rel=0.05)
+    model.zero_grad()
+    del hidden, features
+    kept.clear()
+
+    with PeakMode() as mode:
+        train_step(state, [batch], step=1)
+    standing = memory["weights"] + memory["optimizer"] + memory["teacher"]
+    assert memory["peak"] - standing == pytest.approx(mode.peak, rel=0.15)
+
+
+def test_steps_hours_and_accumulation_follow_from_rows_and_gpus(parts):
+    recipe = recipe_of(parts, "dpt", global_batch_size=12, micro_batch_size=3, epochs=2.0)
+    plan = plan_run(recipe, gpu="H100", gpus=2, efficiency=0.5, rows=100, text_tokens=TEXT)
+    stage = plan["stages"][0]
+    assert (stage["steps"], stage["micro_batch_size"], stage["accumulation"]) == (100 // 12 * 2, 3, 2)
+    assert stage["hours"] == pytest.approx(sum(stage["flops"].values()) / (2 * 989e12 * 0.5) / 3600)
+    single = planned_stage(recipe_of(parts, "dpt", global_batch_size=12, micro_batch_size=3), rows=12)
+    for part in ("vision_tower", "teacher", "student_forward", "student_backward", "heads"):
+        assert stage["flops"][part] == pytest.approx(16 * single["flops"][part])
+
+
+def test_features_kept_on_disk_cost_the_tower_once_per_picture(parts):
+    recipe = recipe_of(parts, "dpt", epochs=3.0)
+    cached = planned_stage(type(recipe)(**{**vars(recipe), "cache_features": True}))["flops"]["vision_tower"]
+    assert 3 * cached == pytest.approx(planned_stage(recipe)["flops"]["vision_tower"])
+
+
+@pytest.mark.parametrize(("kind", "share"), [("dpt", 0.7), ("dft", 0.75), ("all parts", 0.01)])
+def test_advice_makes_the_stage_fit_or_says_that_nothing_will(parts, monkeypatch, tmp_path, kind, share):
+    recipe = recipe_of(parts, kind)
+    peak = planned_stage(recipe)["memory"]["peak"]
+    monkeypatch.setitem(plan_module.GPUS, "toy", (1, peak * share / 2**30))
+    advice = plan_run(recipe, gpu="toy", rows=ROWS, text_tokens=TEXT)["stages"][0]["advice"]
+    if share == 0.01:
+        assert "no setting" in advice
+        return
+    from llavakd.config import dump_recipe
+
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    assert re.fullmatch(r"([a-z_.]+=\S+ ?)+", advice)
+    changed = load_recipe(tmp_path / "recipe.yaml", advice.split())
+    stage = plan_run(changed, gpu="toy", rows=ROWS, text_tokens=TEXT)["stages"][0]
+    assert stage["advice"] == ""
+    assert stage["memory"]["peak"] <= 0.92 * peak * share
+
+
+def test_tokens_are_those_of_the_rendered_rows(tiny, command, tmp_path):
+    done = command("plan", tiny.recipe(tmp_path / "r.yaml"), "stages.sft.data=mixed", "--json")
+    assert done.code == 0, done.err
+    plan = json.loads(done.out)
+    recipe = load_recipe(tmp_path / "r.yaml")
+    student = build_student(recipe.student, seed=0)
+    for index, name in ((0, "pretrain"), (1, "mixed"), (2, "instruct")):
+        data, tokens = recipe.data[name], plan["stages"][index]["tokens"]
+        rows = RowDataset(load_samples(data), make_renderer(student, data), images=None, image_processor=None)
+        texts = [row.text for row in rows.__getitems__(range(len(rows)))]
+        assert tokens["rows"] == len(texts)
+        assert tokens["longest"] == max(len(text.ids) for text in texts)
+        assert tokens["visual"] + tokens["text"] == pytest.approx(sum(len(text.ids) for text in texts) / len(texts))
+        answered = sum(label != -100 for text in texts for label in text.labels) / len(texts)
+        assert tokens["response"] == pytest.approx(answered)
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in student.parts().items()}
+    assert plan["parameters"]["student"] == sizes
+
+
+def test_the_table_warns_of_what_does_not_fit(tiny, command, tmp_path, parts):
+    recipe = tiny.recipe(tmp_path / "r.yaml")
+    done = command("plan", recipe)
+    assert done.code == 0, done.err
+    assert "hours on 1 x A100-80" in done.out
+    assert "warning" not in done.err
+    wide = json.loads(Path(parts["student"], "config.json").read_text()) | {
+        "hidden_size": 7680,
+        "num_hidden_layers": 80,
+    }
+    (tmp_path / "wide").mkdir()
+    (tmp_path / "wide" / "config.json").write_text(json.dumps(wide | {"intermediate_size": 20480}))
+    (tmp_path / "data").mkdir()
+    changes = [f"student.language_model={tmp_path / 'wide'}", "student.from_scratch=[]", "data.instruct.path=none.json"]
+    done = command("plan", recipe, *changes, "data.pretrain.path=none.json", "--rows", 100, "--gpu", "L4")
+    assert done.code == 0, done.err
+    assert "warning: stage sft will not fit on L4" in done.err
+    assert "assumed: data.instruct: no file none.json" in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpu", "H10"], "did you mean 'H100'?"),
+        (["--gpus", "0"], "--gpus 0"),
+        (["teacher.path=./none"], "teacher.path: there is no folder './none'"),
+        (["student.language_model=./none"], "student.language_model: there is no folder './none'"),
+        (["student.vision_tower=./none"], "student.vision_tower: there is no folder './none'"),
+        (["data.instruct.path=none.json"], "data.instruct.path: there is no file 'none.json'; give --rows"),
+        (["stages.sft.data=world"], "no source 'world'"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_by_its_key(tiny, command, tmp_path, words, message):
+    done = command("plan", tiny.recipe(tmp_path / "r.yaml"), *words)
+    assert done.code == 1
+    assert message in done.err
+    assert "Traceback" not in done.err
