@@ -4,7 +4,7 @@
 
 Trains the tower (make_tower.py), then text-teacher.yaml and text-student.yaml side by side, then teacher.yaml; casts
 the weights to float16 and writes src/llavakd/assets/shapes/{tower,teacher-lm,student-lm,teacher}, each with the recipe
-that made it and a made.json. A finished run is not repeated.
+that made it and a made.json. Finished training runs under --work are not repeated; the tower is made anew.
 """
 
 from __future__ import annotations

@@ -96,18 +96,21 @@ def distill_rows(
     dtype = operand_dtype(student_hidden)
     teacher = None
     if teacher_hidden is not None and teacher_head is not None:
-        # Zeros where nothing is distilled: a zero weight alone would turn an overflowed teacher into NaN gradients.
-        teacher = (
-            teacher_hidden.detach().where(kl_weight[:, None] != 0, 0),
-            teacher_head[:vocab_size].detach().to(dtype),
-        )
+        teacher = teacher_hidden.detach(), teacher_head[:vocab_size].detach().to(dtype)
 
-    def score(logits: Tensor, rows: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        taught = None if teacher is None else product(teacher[0][rows].to(dtype), teacher[1].T)
+    def score(
+        logits: Tensor, rows: Tensor, labels: Tensor, ce_weight: Tensor, kl_weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        taught = None
+        if teacher is not None:
+            # Zeros where nothing is distilled: a zero weight alone would turn an overflowed teacher into NaN gradients.
+            taught = product(teacher[0][rows].where(kl_weight[:, None] != 0, 0).to(dtype), teacher[1].T)
         return kernel(
             logits,
             taught,
-            *weights,
+            labels,
+            ce_weight,
+            kl_weight,
             divergence=kind,
             beta=beta,
             temperature=temperature,
@@ -311,6 +314,8 @@ def _one_tensor(left: Tensor, right: Tensor) -> bool:
 def _kernel(backend: str, hidden: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend {backend!r} is not known; use 'auto', 'torch' or 'triton'")
+    if backend == "triton" and hidden.dtype == torch.float64:
+        raise ValueError("backend 'triton' computes in float32, but hidden states are float64; use 'torch' or 'auto'")
     if backend == "torch" or (backend == "auto" and (not hidden.is_cuda or hidden.dtype == torch.float64)):
         return score_torch
     from llavakd.ops.rows import score_triton  # imported only where it runs: triton is not on every machine
