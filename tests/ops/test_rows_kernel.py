@@ -12,12 +12,13 @@ import torch
 pytest.importorskip("triton")
 
 from llavakd.losses import LogitForm, distill_rows
-from llavakd.losses.rows import IGNORE_INDEX, score_torch
+from llavakd.losses.rows import IGNORE_INDEX, Scoring, score_torch
 from llavakd.ops import rows as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.3), ("skewed_kl", 0.1), ("total_variation", 0.5)]
 ROWS, WIDTH = 7, 301
+PLAIN = Scoring("forward_kl", 0.5, 1.0, (LogitForm(), LogitForm()), torch.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -37,10 +38,12 @@ def problem(spread: float = 3.0, shift: float = 0.0) -> tuple:
 
 
 def both(given: tuple, **options) -> tuple:
-    plain = {"divergence": "forward_kl", "beta": 0.5, "temperature": 1.0, "dtype": torch.float32}
-    options = plain | {"forms": (LogitForm(), LogitForm())} | options
-    want = score_torch(*(None if tensor is None else tensor.clone() for tensor in given), **options)
-    return kernels.score_triton(*(None if tensor is None else tensor.clone() for tensor in given), **options), want
+    how = PLAIN._replace(**options)
+    got, want = (
+        scorer(*(None if tensor is None else tensor.clone() for tensor in given), how)
+        for scorer in (kernels.score_triton, score_torch)
+    )
+    return got, want
 
 
 def assert_same(got: tuple, want: tuple, tolerance: float = 1e-5) -> None:
@@ -76,9 +79,7 @@ def test_a_narrow_gradient_lies_over_the_logits_and_is_rounded_once(dtype):
     got, want = both(given, dtype=dtype)
     assert_same(got, want, tolerance=torch.finfo(dtype).eps)
     logits = given[0].clone()
-    grad = kernels.score_triton(
-        logits, *given[1:], divergence="forward_kl", beta=0.5, temperature=1.0, forms=(LogitForm(),) * 2, dtype=dtype
-    )[2]
+    grad = kernels.score_triton(logits, *given[1:], PLAIN._replace(dtype=dtype))[2]
     assert grad.data_ptr() == logits.data_ptr()
     assert grad.stride() == (2 * WIDTH, 1)
 

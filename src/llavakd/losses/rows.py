@@ -40,6 +40,16 @@ class LogitForm(NamedTuple):
 _PLAIN = LogitForm()
 
 
+class Scoring(NamedTuple):
+    """What a scorer of a chunk's logits is to compute; `dtype` is the gradient's."""
+
+    divergence: str
+    beta: float
+    temperature: float
+    forms: tuple[LogitForm, LogitForm]
+    dtype: torch.dtype
+
+
 def distill_rows(
     student_hidden: Tensor,
     student_head: Tensor,
@@ -94,6 +104,7 @@ def distill_rows(
         raise ValueError("kl_weight asks for a divergence, but teacher_hidden is None; give a teacher or zero weights")
     kernel = _kernel(backend, student_hidden)
     dtype = operand_dtype(student_hidden)
+    how = Scoring(kind, beta, temperature, (student_form, teacher_form), gradient_dtype(dtype))
     teacher = None
     if teacher_hidden is not None and teacher_head is not None:
         teacher = teacher_hidden.detach(), teacher_head[:vocab_size].detach().to(dtype)
@@ -105,18 +116,7 @@ def distill_rows(
         if teacher is not None:
             # Zeros where nothing is distilled: a zero weight alone would turn an overflowed teacher into NaN gradients.
             taught = product(teacher[0][rows].where(kl_weight[:, None] != 0, 0).to(dtype), teacher[1].T)
-        return kernel(
-            logits,
-            taught,
-            labels,
-            ce_weight,
-            kl_weight,
-            divergence=kind,
-            beta=beta,
-            temperature=temperature,
-            forms=(student_form, teacher_form),
-            dtype=gradient_dtype(dtype),
-        )
+        return kernel(logits, taught, labels, ce_weight, kl_weight, how)
 
     return score_rows(
         student_hidden,
@@ -221,19 +221,10 @@ class _ScoreRows(torch.autograd.Function):
 
 
 def score_torch(
-    logits: Tensor,
-    taught: Tensor | None,
-    labels: Tensor,
-    ce_weight: Tensor,
-    kl_weight: Tensor,
-    *,
-    divergence: str,
-    beta: float,
-    temperature: float,
-    forms: tuple[LogitForm, LogitForm],
-    dtype: torch.dtype,
+    logits: Tensor, taught: Tensor | None, labels: Tensor, ce_weight: Tensor, kl_weight: Tensor, how: Scoring
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The portable scorer: CE [n], divergence [n], and the gradient to the raw `logits`, [n, V] in `dtype`."""
+    """The portable scorer: CE [n], divergence [n], and the gradient to the raw `logits`, [n, V]."""
+    divergence, beta, temperature, forms, dtype = how
     logits, slope = form_logits(logits, forms[0])
     ce, grad = cross_entropy_with_gradient(logits, labels, ce_weight)
     kl = torch.zeros_like(ce)

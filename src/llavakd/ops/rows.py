@@ -155,26 +155,16 @@ def _rows_kernel(
 
 
 def score_triton(
-    logits: Tensor,
-    taught: Tensor | None,
-    labels: Tensor,
-    ce_weight: Tensor,
-    kl_weight: Tensor,
-    *,
-    divergence: str,
-    beta: float,
-    temperature: float,
-    forms: tuple[Any, Any],
-    dtype: torch.dtype,
+    logits: Tensor, taught: Tensor | None, labels: Tensor, ce_weight: Tensor, kl_weight: Tensor, how: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `losses.rows.score_torch`; `logits`, float32 [n, V], are overwritten and the gradient is a view of them."""
     assert logits.dtype == torch.float32, "the kernel writes over float32 logits"
     assert logits.is_contiguous(), "the kernel writes over whole rows"
     assert taught is None or (taught.dtype == torch.float32 and taught.stride(1) == 1), "teacher logits must be float32"
+    divergence, beta, temperature, (student, teacher), dtype = how
     rows, vocab = logits.shape
     grad = logits.view(dtype)[:, :vocab]
     ce, kl = torch.empty_like(ce_weight), torch.empty_like(kl_weight)
-    student, teacher = forms
     mix = (beta, math.log(beta), math.log1p(-beta)) if divergence in ("jsd", "skewed_kl") else (0.0, 0.0, 0.0)
     with torch.cuda.device_of(logits):
         _rows_kernel[(rows,)](
