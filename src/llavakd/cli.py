@@ -81,6 +81,7 @@ def shapes(
     scenes: Annotated[int, typer.Option(help="Train scenes.")] = 2000,
     seed: Annotated[int, typer.Option(help="Decides everything.")] = 0,
     test_questions: Annotated[int, typer.Option(help="Rows of test.json.")] = 1000,
+    noise: Annotated[float, typer.Option(help="Share of training questions answered wrongly.")] = 0.0,
     workers: Annotated[int, typer.Option(help="Processes that draw.")] = 1,
 ) -> None:
     """Write the built-in miniature world as a LLaVA-format folder."""
@@ -92,6 +93,7 @@ def shapes(
             scenes=scenes,
             seed=seed,
             test_questions=test_questions,
+            noise=noise,
             workers=workers,
             progress=lambda done, total: advance(done * scenes // total),
         )

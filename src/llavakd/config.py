@@ -145,6 +145,8 @@ class WorldConfig:
     scenes: int
     seed: int = 0
     test_questions: int = 1000
+    noise: float = 0.0
+    """Share of the training questions that are answered wrongly."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -172,9 +172,7 @@ def draw_world(recipe: Recipe, out: Path) -> None:
     with bar("draw the world", world.scenes) as advance:
         write_world(
             partial,
-            scenes=world.scenes,
-            seed=world.seed,
-            test_questions=world.test_questions,
+            **dataclasses.asdict(world),
             progress=lambda done, total: advance(done * world.scenes // total),
         )
     partial.rename(out / "world")

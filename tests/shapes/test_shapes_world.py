@@ -16,7 +16,7 @@ from shapes_oracle import answer_of
 from llavakd.shapes import WorldSummary, write_world
 from llavakd.shapes.drawing import GROUND, RGB, draw, mask
 from llavakd.shapes.questions import KINDS
-from llavakd.shapes.scenes import PLACES, SHAPES, SIZES, Scene, Thing, caption, random_scene, split_of
+from llavakd.shapes.scenes import COLORS, PLACES, SHAPES, SIZES, Scene, Thing, caption, random_scene, split_of
 
 SCENES, QUESTIONS = 400, 300
 Row = dict[str, Any]
@@ -239,6 +239,29 @@ def test_a_seed_decides_every_byte_however_many_work(tmp_path: Path) -> None:
     total = 270 + 540 + 4 + 7
     each = [(250, total), (270, total), (520, total), (770, total), (810, total), (814, total), (total, total)]
     assert calls == each * 3
+
+
+def test_noise_makes_that_share_of_answers_wrong_and_nothing_else(world: WorldSummary, tmp_path: Path) -> None:
+    noisy = write_world(tmp_path / "noisy", scenes=SCENES, seed=7, test_questions=QUESTIONS, noise=0.3)
+    for name in ("pretrain", "text", "val", "test"):
+        assert rows_of(noisy, name) == rows_of(world, name)
+    told = zip(rows_of(world, "instruct"), rows_of(noisy, "instruct"), strict=True)
+    pairs = [pair for one, other in told for pair in zip(pairs_of(one), pairs_of(other), strict=True)]
+    assert all(right[0] == slip[0] for right, slip in pairs)
+    wrong = [(right[1], slip[1]) for right, slip in pairs if right[1] != slip[1]]
+    assert 0.25 < len(wrong) / len(pairs) < 0.35
+    sorts = [{"yes", "no"}, set(SIZES), set(SHAPES), set(COLORS), {"zero", "one", "two", "three", "four"}]
+    for right, slip in wrong:
+        sort = next((sort for sort in sorts if right in sort), None)
+        assert slip in sort if sort else slip == "nothing" or slip.split(" ")[1] in SHAPES
+    assert len({slip for right, slip in wrong if right in COLORS}) == len(COLORS)
+
+
+@pytest.mark.parametrize("noise", [-0.1, 1.0])
+def test_a_noise_that_is_no_share_is_refused(tmp_path: Path, noise: float) -> None:
+    with pytest.raises(ValueError, match=f"got noise={noise}, expected a share"):
+        write_world(tmp_path / "new", scenes=1, seed=0, noise=noise)
+    assert not (tmp_path / "new").exists()
 
 
 def test_bad_places_and_numbers_are_refused_before_anything_is_written(tmp_path: Path) -> None:

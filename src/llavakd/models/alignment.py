@@ -75,15 +75,8 @@ def align(student: VisionLanguageModel, teacher: VisionLanguageModel) -> Pair:
 
 def _differing_pixels(student: Any, teacher: Any) -> list[str]:
     """Names of the settings by which two image processors make different pixels."""
-    ours, theirs = (
-        {
-            key: value
-            for key, value in processor.to_dict().items()
-            if key in _PIXEL_SETTINGS and value not in (None, False)
-        }
-        for processor in (student, teacher)
-    )
-    return [key for key in _PIXEL_SETTINGS if ours.get(key) != theirs.get(key)]
+    ours, theirs = (processor.to_dict() for processor in (student, teacher))
+    return [key for key in _PIXEL_SETTINGS if (ours.get(key) or None) != (theirs.get(key) or None)]
 
 
 def shared_vocabulary(

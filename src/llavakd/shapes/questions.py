@@ -8,18 +8,20 @@ answer.
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, permutations
 
 import numpy as np
 
 from llavakd.errors import UserError
-from llavakd.shapes.scenes import COLORS, DIRECTIONS, PLACES, Scene, Thing
+from llavakd.shapes.scenes import COLORS, DIRECTIONS, PLACES, SHAPES, SIZES, Scene, Thing
 
 COUNTS = ("zero", "one", "two", "three", "four")
 NOTHING = "nothing"
 
 _YES_NO = {True: "yes", False: "no"}
+_NAMES = (NOTHING, *(f"{color} {shape}" for color in COLORS for shape in SHAPES))
+_ANSWERS = (tuple(_YES_NO.values()), COUNTS, COLORS, SHAPES, SIZES, _NAMES)
 _COUNT_WEIGHTS = {0: 2, 1: 3, 2: 4, 3: 6, 4: 12}  # High counts are rare in scenes, so they are asked for more often.
 _NOTHING_AT_PLACE = 0.15
 _NOTHING_BESIDE = 0.10  # Lower than at a place: the other answers are given up more often for want of a neighbour.
@@ -136,3 +138,9 @@ def ask_several(scene: Scene, count: int, rng: np.random.Generator) -> list[Ques
         if len(found) == count:
             break
     return list(found.values())
+
+
+def mistaken(question: Question, rng: np.random.Generator) -> Question:
+    """The same question with a wrong answer, any other of its sort as likely as the next."""
+    sort = next(answers for answers in _ANSWERS if question.answer in answers)
+    return replace(question, answer=str(rng.choice([answer for answer in sort if answer != question.answer])))

@@ -13,7 +13,7 @@ import numpy as np
 
 from llavakd.errors import UserError
 from llavakd.shapes.drawing import draw
-from llavakd.shapes.questions import KINDS, Question, ask, ask_several
+from llavakd.shapes.questions import KINDS, Question, ask, ask_several, mistaken
 from llavakd.shapes.scenes import SPLITS, Scene, caption, scene_in
 
 DESCRIBE = "describe the picture."
@@ -24,7 +24,8 @@ _MANY_TURNS = 0.6  # Share of train scenes asked about in one long conversation 
 _TEXT_ONLY = 0.09  # Rows without a picture for each train scene; with 1.4 rows that have one, about 6 % of all.
 _RETOLD = 1 / 3  # Share of text rows that tell the scene once more.
 _CHUNK = 250  # Scenes that a worker draws, and that progress goes on, at a time.
-_SHUFFLE = len(SPLITS)  # Seeds the order of rows, apart from all splits.
+_SHUFFLE = len(SPLITS)  # Seeds the order of rows (two of them), apart from all splits.
+_SLIPS = _SHUFFLE + 2  # Seeds the wrong answers: everything else is the same with and without them.
 
 Rows = dict[str, list[str]]  # by file, each row a line of JSON, several times smaller than objects to hand back
 Turns = list[tuple[str, str]]
@@ -61,18 +62,22 @@ def _save(scene: Scene, path: Path, rng: np.random.Generator) -> None:
     draw(scene, rng).save(path, compress_level=1)  # Noise hardly packs, so more effort buys nothing.
 
 
-def _train_scene(images: Path, index: int, rng: np.random.Generator) -> Rows:
+def _train_scene(images: Path, index: int, rng: np.random.Generator, noise: float, slips: np.random.Generator) -> Rows:
+    def answered(scene: Scene, count: int) -> Turns:
+        asked = ask_several(scene, count, rng)
+        return _turns([mistaken(question, slips) if slips.random() < noise else question for question in asked])
+
     scene = scene_in("train", rng)
     name, image = f"{index:06d}", f"{index:06d}.png"
     _save(scene, images / image, rng)
     if rng.random() < _MANY_TURNS:
-        conversations = [_turns(ask_several(scene, int(rng.integers(3, 6)), rng))]
+        conversations = [answered(scene, int(rng.integers(3, 6)))]
     else:
-        conversations = [[turn] for turn in _turns(ask_several(scene, 2, rng))]
+        conversations = [[turn] for turn in answered(scene, 2)]
     instruct = [_row(f"{name}-{number}", turns, image=image) for number, turns in enumerate(conversations)]
     if rng.random() < _TEXT_ONLY:
         told = scene_in("text", rng)
-        instruct.append(_row(f"{name}-text", _tell(told, _turns(ask_several(told, 1, rng)), rng)))
+        instruct.append(_row(f"{name}-text", _tell(told, answered(told, 1), rng)))
     return {"pretrain": [_row(name, [(DESCRIBE, caption(scene, rng))], image=image)], "instruct": instruct}
 
 
@@ -102,12 +107,12 @@ def _exam_scene(images: Path, split: str, index: int, total: int, rng: np.random
     return {split: rows}
 
 
-def _work(images: Path, seed: int, exams: dict[str, int], place: tuple[str, int]) -> Rows:
+def _work(images: Path, seed: int, exams: dict[str, int], noise: float, place: tuple[str, int]) -> Rows:
     """Draw scene `index` of a split; `exams` holds how many questions val and test have."""
     split, index = place
     rng = np.random.default_rng((seed, SPLITS.index(split), index))
     if split == "train":
-        return _train_scene(images, index, rng)
+        return _train_scene(images, index, rng, noise, np.random.default_rng((seed, _SLIPS, index)))
     if split == "text":
         return _text_scene(index, rng)
     return _exam_scene(images, split, index, exams[split], rng)
@@ -131,6 +136,7 @@ def write_world(
     scenes: int,
     seed: int,
     test_questions: int = 1000,
+    noise: float = 0.0,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> WorldSummary:
@@ -143,19 +149,22 @@ def write_world(
     another; captions in `text` and told in `instruct` are of the split `text`.
 
     There will be `scenes` (1 or more) train scenes, and `test_questions` (2 or more) rows in `test` and half as many in
-    `val`. `seed` is 0 or more. What is written does not depend on `workers`, the processes that draw. `progress` is
+    `val`. `noise` is the share of answers in `instruct` (so in `mixed`) that are wrong, as machine-written ones are; `val`
+    and `test` are right. `seed` is 0 or more. What is written does not depend on `workers`, the processes that draw. `progress` is
     called with (scenes done, scenes in all) now and then, all splits together.
 
     Raises:
         UserError: the directory is not an empty folder or a number is too small; nothing is written then.
     """
     _check(directory, scenes=(scenes, 1), seed=(seed, 0), test_questions=(test_questions, 2), workers=(workers, 1))
+    if not 0 <= noise < 1:
+        raise UserError(f"got noise={noise}, expected a share from 0 to below 1; change noise")
     images = directory / "images"
     images.mkdir(parents=True)
     exams = {"val": test_questions // 2, "test": test_questions}
     sizes = {"train": scenes, "text": 2 * scenes} | {name: -(-n // _EXAM_QUESTIONS) for name, n in exams.items()}
     places = [(split, index) for split, size in sizes.items() for index in range(size)]
-    work = partial(_work, images, seed, exams)
+    work = partial(_work, images, seed, exams, noise)
     rows: Rows = {file: [] for file in ("pretrain", "instruct", "text", "mixed", "val", "test")}
     # Not forked: the caller may hold threads, as everyone does who has imported torch.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 1 else nullcontext()
