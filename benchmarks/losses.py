@@ -224,7 +224,12 @@ def render(source: Path) -> None:
 
     found = json.loads(source.read_text(encoding="utf-8"))
     environment, docs = found["environment"], Path("docs")
-    lines = ["# The losses: time, memory, exactness", "", f"Measured on {environment['device']}: {environment}.", ""]
+    lines = [
+        "# The losses: time, memory, exactness",
+        "",
+        "Measured in one run: " + ", ".join(f"{key} {value}" for key, value in environment.items()) + ".",
+        "",
+    ]
     lines += ["| pair | rows | | ms | x floor | extra GiB |", "|---|---|---|---|---|---|"]
     for line in found["speed"]:
         cells = (line["pair"], line["rows"], line["name"])

@@ -2,9 +2,8 @@
 
     python recipes/shapes/make_tower.py OUT
 
-A tower that had only captioned in reading order hid shapes and places from whoever read its tokens one by one (a linear
-probe found 76 % of the shapes and 83 % of the places, docs/log.md), and no language model learnt to look things up. So
-each visual token is taught to tell, through linear heads that are thrown away, its cell, and the size, colour and shape
+A tower that had only captioned in reading order hid shapes and places from whoever read its tokens one by one
+(docs/log.md), and no language model learnt to look things up. So each visual token is taught to tell, through linear heads that are thrown away, its cell, and the size, colour and shape
 in it: labelled pretraining, as towers have had since ImageNet.
 """
 

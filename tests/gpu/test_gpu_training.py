@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from llavakd.config import load_recipe
 from llavakd.pipeline import run_pipeline
@@ -26,6 +27,7 @@ def first_lines(out: Path) -> dict[str, dict]:
 def test_bf16_and_fp32_start_with_the_same_losses(tmp_path):
     found = {}
     for precision in ("fp32", "bf16"):
+        AcceleratorState._reset_state(reset_partial_state=True)  # one precision a process, otherwise
         changes = [f"precision={precision}", "trackers=[]", "evaluation=null"]
         run_pipeline(load_recipe(SMOKE, changes), tmp_path / precision)
         found[precision] = first_lines(tmp_path / precision)

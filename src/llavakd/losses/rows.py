@@ -15,7 +15,7 @@ from torch import Tensor
 from llavakd.losses.divergence import DIVERGENCES, resolve
 
 IGNORE_INDEX = -100
-CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**30}  # logits of one chunk, both models
+CHUNK_BYTES = {"cpu": 2**26, "cuda": 9 * 2**30 // 10}  # logits of one chunk, both models
 _LOW = (torch.bfloat16, torch.float16)
 # (student logits, chunk's row numbers, labels, ce weight, kl weight) -> (CE, divergence, gradient to those logits)
 Score = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -89,7 +89,7 @@ def distill_rows(
         temperature: > 0.
         vocab_size: ids that both models share; columns beyond take no part on either side. Default: the student's head
             rows, which the teacher's must equal.
-        chunk_rows: rows whose logits are alive at once; default bounds them to 1 GiB on a GPU, 64 MiB elsewhere.
+        chunk_rows: rows whose logits are alive at once; default bounds them to 0.9 GiB on a GPU, 64 MiB elsewhere.
         backend: "torch", "triton" (a GPU, or the interpreter), or "auto": triton for tensors on a GPU.
         student_form: scale and soft cap of the student's logits.
         teacher_form: of the teacher's.
