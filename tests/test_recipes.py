@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from plan_llava_kd import QWEN, STUDENTS, local, write_configs
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from llavakd.config import load_recipe, to_tree
@@ -85,21 +86,6 @@ def test_foreign_pictures_and_statements_go_through_three_stages(command, tmp_pa
     assert len({json.loads(line)["id"].split("-")[2] for line in lines}) > 3
 
 
-# Width, inner width, layers, heads, key-value heads, tied, and the published number of parameters.
-QWEN = {
-    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, True, 494_032_768),
-    "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, True, 1_543_714_304),
-    "qwen2.5-3b": (2048, 11008, 36, 16, 2, True, 3_085_938_688),
-    "qwen1.5-0.5b": (1024, 2816, 24, 16, 16, True, 463_987_712),
-    "qwen1.5-1.8b": (2048, 5504, 24, 16, 16, False, 1_836_828_672),
-    "qwen1.5-4b": (2560, 6912, 40, 20, 20, False, 3_950_369_280),
-}
-STUDENTS = {
-    "qwen2.5-0.5b": "qwen2.5-3b",
-    "qwen2.5-1.5b": "qwen2.5-3b",
-    "qwen1.5-0.5b": "qwen1.5-4b",
-    "qwen1.5-1.8b": "qwen1.5-4b",
-}
 PLAIN = {
     "teacher-qwen2.5-3b": ["pt", "sft"],
     "teacher-qwen1.5-4b": ["pt", "sft"],
@@ -110,34 +96,9 @@ PLAIN = {
 
 @pytest.fixture(scope="module")
 def true_configs(tmp_path_factory):
-    """config.json files of the true sizes: SigLIP, the Qwen models, and a LLaVA teacher of each."""
     folder = tmp_path_factory.mktemp("configs")
-    tower = {"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "image_size": 384}
-    tower |= {"num_hidden_layers": 27, "num_attention_heads": 16, "patch_size": 14}
-    configs = {"tower": tower}
-    for name, (width, inner, layers, heads, groups, tied, _) in QWEN.items():
-        text = {"model_type": "qwen2", "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
-        text |= {"num_attention_heads": heads, "num_key_value_heads": groups, "tie_word_embeddings": tied}
-        configs[name] = text | {"vocab_size": 151_936}
-        llava = {
-            "model_type": "llava",
-            "vision_config": tower | {"vision_use_head": False},
-            "text_config": configs[name],
-        }
-        llava |= {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", "image_seq_length": 728}
-        configs[f"{name}-llava"] = llava | {"image_token_index": 151_665, "tie_word_embeddings": tied}
-    for name, config in configs.items():
-        (folder / name).mkdir()
-        (folder / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_configs(folder)
     return folder
-
-
-def local(folder, name: str) -> list[str]:
-    """Overrides that put config folders in the place of hub names."""
-    teacher = STUDENTS.get(name)
-    language_model = name.removeprefix("teacher-").split("-pt-")[0]
-    changes = [f"student.vision_tower={folder / 'tower'}", f"student.language_model={folder / language_model}"]
-    return changes + ([f"teacher.path={folder / f'{teacher}-llava'}"] if teacher else [])
 
 
 def test_the_llava_kd_recipes_are_these():
