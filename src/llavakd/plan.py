@@ -142,12 +142,10 @@ class StageCost:
         tower = pictures * _tower_flops(self.student)
         # A frozen layer passes the gradient on: one product; a learning one makes its own, too. Attention: five for two.
         backward = linear * (1 + text_learns) + attention * 2.5 + 2 * projector * projector_learns
-        config = (
-            self.student.model.config.text_config
-        )  # a layer is made again up to its last matrix, which is not needed
-        last = (
-            2 * (tokens.visual + tokens.text) * config.hidden_size * config.intermediate_size * config.num_hidden_layers
-        )
+        # A layer is made again up to its last matrix, which is not needed.
+        config = self.student.model.config.text_config
+        last = config.hidden_size * config.intermediate_size * config.num_hidden_layers
+        last *= 2 * (tokens.visual + tokens.text)
         backward += again * (linear + attention - last)
         flops = {"vision_tower": tower, "student_forward": linear + attention + projector}
         flops["student_backward"] = backward + tower * (2 + again) * tower_learns
@@ -197,10 +195,8 @@ class StageCost:
         passing = memory["activations"] + max(memory["loss"], memory["recomputed layer"])
         # Without accumulation gradients come while activations go, all but the layer that is made again.
         accumulates = self.stage.global_batch_size > micro * self.gpus
-        return memory | {
-            "peak": standing
-            + (gradients + passing if accumulates else max(gradients + memory["recomputed layer"], passing))
-        }
+        moving = gradients + passing if accumulates else max(gradients + memory["recomputed layer"], passing)
+        return memory | {"peak": standing + moving}
 
     def _advice(self, now: tuple[int, bool, str], usable: float) -> str:
         """The settings with which the stage fits, written as overrides; empty where it fits as it is."""
@@ -251,9 +247,8 @@ class StageCost:
             model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype)).tie_weights()
             own |= {parameter.untyped_storage()._cdata for parameter in model.parameters()}
             if checkpointing:
-                getattr(
-                    model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
-                )()  # named so from 5.23
+                # Named so from transformers 5.23.
+                getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
             pictures, bf16 = rows * tokens.most_pictures, self.recipe.precision == "bf16"
             visual = torch.empty(rows, tokens.longest, dtype=torch.bool)
             features = torch.empty(pictures, student.tokens_per_image, vision.hidden_size) if pictures else None

@@ -150,8 +150,8 @@ def write_world(
 
     There will be `scenes` (1 or more) train scenes, and `test_questions` (2 or more) rows in `test` and half as many in
     `val`. `noise` is the share of answers in `instruct` (so in `mixed`) that are wrong, as machine-written ones are; `val`
-    and `test` are right. `seed` is 0 or more. What is written does not depend on `workers`, the processes that draw. `progress` is
-    called with (scenes done, scenes in all) now and then, all splits together.
+    and `test` are right. `seed` is 0 or more. What is written does not depend on `workers`, the processes that draw.
+    `progress` is called with (scenes done, scenes in all) now and then, all splits together.
 
     Raises:
         UserError: the directory is not an empty folder or a number is too small; nothing is written then.
