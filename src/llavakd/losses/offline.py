@@ -12,8 +12,6 @@ from llavakd.losses.rows import (
     RowLosses,
     cross_entropy_with_gradient,
     exact_dtype,
-    gradient_dtype,
-    operand_dtype,
     score_rows,
 )
 
@@ -76,10 +74,9 @@ def distill_rows_topk(
         rest = 1 - mass if teacher_tail is None else teacher_tail.detach().to(p.dtype)
         rest = rest.clamp_min(0).where(distilled, 0)
     ids = teacher_ids.where(distilled[:, None], 0)
-    dtype = gradient_dtype(operand_dtype(student_hidden))
 
-    def score(logits: Tensor, rows: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return _score(logits, ids[rows], p[rows], rest[rows], *weights, dtype=dtype)
+    def score(logits: Tensor, rows: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+        return _score(logits, ids[rows], p[rows], rest[rows], *given)
 
     return score_rows(
         student_hidden,
@@ -101,10 +98,9 @@ def _score(
     labels: Tensor,
     ce_weight: Tensor,
     kl_weight: Tensor,
-    *,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """CE, sum_k P_k (log P_k - log Q_k) + rest (log rest - log Q_rest), and the gradient to `logits`."""
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """CE and sum_k P_k (log P_k - log Q_k) + rest (log rest - log Q_rest); the gradient to `logits` is written to `out`."""
     ce, grad = cross_entropy_with_gradient(logits, labels, ce_weight)
     student = F.log_softmax(logits, dim=-1)
     kl = torch.xlogy(p, p).sum(-1) - (p * student.gather(1, ids)).sum(-1)
@@ -116,5 +112,5 @@ def _score(
     # d log Q_rest is the softmax among the ids outside the k, less the softmax among all.
     inside = (outside - log_rest[:, None]).exp().where(counts[:, None], 0)
     slope = slope + (student.exp() - inside) * rest.where(counts, 0)[:, None]
-    grad += slope.scatter_add(1, ids, -p) * kl_weight[:, None]
-    return ce, kl.where(kl_weight != 0, 0), grad.to(dtype)
+    out.copy_(grad + slope.scatter_add(1, ids, -p) * kl_weight[:, None])
+    return ce, kl.where(kl_weight != 0, 0)

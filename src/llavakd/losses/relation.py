@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from llavakd.losses.rows import operand_dtype, product, refuse_second_derivatives, shared_width
+from llavakd.losses.rows import operand_dtype, precise_product, product, refuse_second_derivatives, shared_width
 
 
 def relation_distance(
@@ -64,18 +64,37 @@ def gram(
     """Z Z^T of the logits Z = H W^T: [B, N, D], [V, D] -> float32 [B, N, N]; arguments as `relation_distance`."""
     with torch.autocast(hidden.device.type, enabled=False):
         square = _head_square(head, len(head) if vocab_size is None else vocab_size, operand_dtype(hidden))
-        hidden = hidden.to(square.dtype)
         if valid is not None:
             hidden = hidden.where(valid.unsqueeze(-1), 0)
         if center:
+            hidden = hidden.to(square.dtype)
             tokens = hidden.shape[-2] if valid is None else valid.sum(-1)[..., None, None].clamp_min(1)
             hidden = hidden - hidden.sum(-2, keepdim=True) / tokens
             hidden = hidden if valid is None else hidden.where(valid.unsqueeze(-1), 0)
-        matrix = hidden @ square @ hidden.mT
+        matrix = _Gram.apply(hidden, square)
         if row_normalize:
             length = matrix.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(matrix.dtype).tiny).sqrt()
             matrix = matrix / (length.unsqueeze(-1) * length.unsqueeze(-2))
     return matrix
+
+
+class _Gram(torch.autograd.Function):
+    """H S H^T of hidden states [B, N, D], as narrow as they come, and S [D, D]; float32 products on tensor cores."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, square: Tensor) -> Tensor:
+        bent = precise_product(hidden.flatten(0, -2), square).view(hidden.shape)
+        ctx.save_for_backward(hidden, square, bent)
+        return precise_product(bent, hidden.mT)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        refuse_second_derivatives()
+        hidden, square, bent = ctx.saved_tensors
+        rows = hidden.flatten(0, -2)
+        to_bent = precise_product(grad, hidden).flatten(0, -2)
+        to_hidden = precise_product(to_bent, square.T).view(hidden.shape) + precise_product(grad.mT, bent)
+        return to_hidden.to(hidden.dtype), precise_product(rows.T, to_bent) if ctx.needs_input_grad[1] else None
 
 
 class _Square(torch.autograd.Function):
@@ -84,7 +103,7 @@ class _Square(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, head: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(head)
-        ctx.vocab_size = vocab_size
+        ctx.vocab_size, ctx.dtype = vocab_size, dtype
         weight = head[:vocab_size].to(dtype)
         return product(weight.T, weight)
 
@@ -93,10 +112,15 @@ class _Square(torch.autograd.Function):
         refuse_second_derivatives()
         (head,) = ctx.saved_tensors
         result = torch.zeros_like(head)
-        result[: ctx.vocab_size] = (head[: ctx.vocab_size].to(grad.dtype) @ (grad + grad.T)).to(head.dtype)
+        both = grad + grad.T
+        for weight, rows in zip(
+            head[: ctx.vocab_size].split(_ROWS), result[: ctx.vocab_size].split(_ROWS), strict=True
+        ):
+            rows.copy_(precise_product(weight.to(ctx.dtype), both))
         return result, None, None
 
 
+_ROWS = 2**15  # head rows whose gradient is float32 at once
 _SQUARES = WeakTensorKeyDictionary()  # frozen head -> (what it was made from, W^T W)
 
 

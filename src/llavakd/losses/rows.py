@@ -1,6 +1,6 @@
 """Cross-entropy and divergence of selected rows, from hidden states and heads, never holding [rows, vocabulary].
 
-Gradients are made in the forward pass, chunk by chunk, in place of the logits; backward only scales them.
+Gradients are made in the forward pass, chunk by chunk; backward only scales them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from torch import Tensor
 from llavakd.losses.divergence import DIVERGENCES, resolve
 
 IGNORE_INDEX = -100
-CHUNK_BYTES = {"cpu": 2**26, "cuda": 9 * 2**30 // 10}  # logits of one chunk, both models
+CHUNK_BYTES = {"cpu": 2**26, "cuda": 17 * 2**26}  # logits of one chunk, both models, and the gradients kept of some
+GRADIENT_CHUNKS = 3  # whose gradients go into one product: each adds to the whole head's gradient
+_TILE = 256  # rows of a product's tile on a Hopper GPU
 _LOW = (torch.bfloat16, torch.float16)
-# (student logits, chunk's row numbers, labels, ce weight, kl weight) -> (CE, divergence, gradient to those logits)
-Score = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+# (student logits, chunk's row numbers, labels, ce weight, kl weight, where the gradient goes) -> (CE, divergence)
+Score = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class RowLosses(NamedTuple):
@@ -41,13 +43,12 @@ _PLAIN = LogitForm()
 
 
 class Scoring(NamedTuple):
-    """What a scorer of a chunk's logits is to compute; `dtype` is the gradient's."""
+    """What a scorer of a chunk's logits is to compute."""
 
     divergence: str
     beta: float
     temperature: float
     forms: tuple[LogitForm, LogitForm]
-    dtype: torch.dtype
 
 
 def distill_rows(
@@ -89,7 +90,8 @@ def distill_rows(
         temperature: > 0.
         vocab_size: ids that both models share; columns beyond take no part on either side. Default: the student's head
             rows, which the teacher's must equal.
-        chunk_rows: rows whose logits are alive at once; default bounds them to 0.9 GiB on a GPU, 64 MiB elsewhere.
+        chunk_rows: rows whose logits are alive at once; default bounds them, with the gradients kept, to 1.06 GiB on a GPU,
+            64 MiB elsewhere.
         backend: "torch", "triton" (a GPU, or the interpreter), or "auto": triton for tensors on a GPU.
         student_form: scale and soft cap of the student's logits.
         teacher_form: of the teacher's.
@@ -104,19 +106,19 @@ def distill_rows(
         raise ValueError("kl_weight asks for a divergence, but teacher_hidden is None; give a teacher or zero weights")
     kernel = _kernel(backend, student_hidden)
     dtype = operand_dtype(student_hidden)
-    how = Scoring(kind, beta, temperature, (student_form, teacher_form), gradient_dtype(dtype))
+    how = Scoring(kind, beta, temperature, (student_form, teacher_form))
     teacher = None
     if teacher_hidden is not None and teacher_head is not None:
         teacher = teacher_hidden.detach(), teacher_head[:vocab_size].detach().to(dtype)
 
     def score(
-        logits: Tensor, rows: Tensor, labels: Tensor, ce_weight: Tensor, kl_weight: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits: Tensor, rows: Tensor, labels: Tensor, ce_weight: Tensor, kl_weight: Tensor, grad: Tensor
+    ) -> tuple[Tensor, Tensor]:
         taught = None
         if teacher is not None:
             # Zeros where nothing is distilled: a zero weight alone would turn an overflowed teacher into NaN gradients.
             taught = product(teacher[0][rows].where(kl_weight[:, None] != 0, 0).to(dtype), teacher[1].T)
-        return kernel(logits, taught, labels, ce_weight, kl_weight, how)
+        return kernel(logits, taught, labels, ce_weight, kl_weight, how, grad)
 
     return score_rows(
         student_hidden,
@@ -146,7 +148,7 @@ def score_rows(
     index = live.nonzero().squeeze(1)
     _check_labels(labels[index], vocab_size)
     if chunk_rows is None:
-        chunk_rows = max(1, CHUNK_BYTES.get(student_hidden.device.type, 2**26) // (8 * vocab_size))
+        chunk_rows = rows_at_once(student_hidden, vocab_size)
     sweep = _Sweep(labels, index, score, vocab_size, chunk_rows)
     return RowLosses(*_ScoreRows.apply(student_hidden, student_head, ce_weight, kl_weight, sweep))
 
@@ -171,16 +173,20 @@ class _Sweep(NamedTuple):
         ce_rows, kl_rows = (torch.zeros(len(hidden), dtype=exact, device=hidden.device) for _ in range(2))
         grad_hidden = torch.zeros_like(hidden) if wanted[0] else None
         grad_head = torch.zeros(head.shape, dtype=exact, device=head.device) if wanted[1] else None
-        for rows in self.rows.split(self.chunk_rows):
-            chunk = hidden[rows].to(dtype)
-            logits = product(chunk, weight.T)
-            weights = self.labels[rows], ce_weight[rows].to(exact), kl_weight[rows].to(exact)
-            ce_rows[rows], kl_rows[rows], grad = self.score(logits, rows, *weights)
-            del logits
+        kept = min(len(self.rows), GRADIENT_CHUNKS * self.chunk_rows)
+        grads = torch.empty(kept, self.vocab_size, dtype=narrow, device=head.device)
+        for block in self.rows.split(GRADIENT_CHUNKS * self.chunk_rows):
+            chunks = zip(block.split(self.chunk_rows), grads.split(self.chunk_rows), strict=False)
+            for rows, grad in chunks:
+                weights = self.labels[rows], ce_weight[rows].to(exact), kl_weight[rows].to(exact)
+                logits = product(hidden[rows].to(dtype), weight.T)
+                ce_rows[rows], kl_rows[rows] = self.score(logits, rows, *weights, grad[: len(rows)])
+                del logits
+            grad = grads[: len(block)]
             if grad_hidden is not None:
-                grad_hidden[rows] = product(grad, weight_again).to(hidden.dtype)
+                grad_hidden[block] = product(grad, weight_again).to(hidden.dtype)
             if grad_head is not None:
-                _accumulate(grad_head[: self.vocab_size], grad.T, chunk.to(narrow))
+                _accumulate(grad_head[: self.vocab_size], grad.T, hidden[block].to(narrow))
         return ce_rows, kl_rows, grad_hidden, grad_head
 
 
@@ -209,7 +215,8 @@ class _ScoreRows(torch.autograd.Function):
         refuse_second_derivatives()
         kept, ctx.grads = ctx.grads, None
         if kept is not None and grad_ce is not None and grad_kl is not None and _one_tensor(grad_ce, grad_kl):
-            scaled = [None if grad is None else grad.mul_(grad_ce) for grad in kept]
+            tensors = ctx.saved_tensors[:2]
+            scaled = [_scale(grad, grad_ce, like) for grad, like in zip(kept, tensors, strict=True)]
         else:
             del kept
             hidden, head, ce_weight, kl_weight = ctx.saved_tensors
@@ -221,10 +228,16 @@ class _ScoreRows(torch.autograd.Function):
 
 
 def score_torch(
-    logits: Tensor, taught: Tensor | None, labels: Tensor, ce_weight: Tensor, kl_weight: Tensor, how: Scoring
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The portable scorer: CE [n], divergence [n], and the gradient to the raw `logits`, [n, V]."""
-    divergence, beta, temperature, forms, dtype = how
+    logits: Tensor,
+    taught: Tensor | None,
+    labels: Tensor,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
+    how: Scoring,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The portable scorer: CE [n] and divergence [n]; the gradient to the raw `logits` is written to `out` [n, V]."""
+    divergence, beta, temperature, forms = how
     logits, slope = form_logits(logits, forms[0])
     ce, grad = cross_entropy_with_gradient(logits, labels, ce_weight)
     kl = torch.zeros_like(ce)
@@ -236,7 +249,8 @@ def score_torch(
         kl = terms.sum(-1).where(kl_weight != 0, 0)
         total = slopes.sum(-1, keepdim=True) if kind.total is None else kind.total
         grad += (slopes - student.exp() * total) * (kl_weight / temperature)[:, None]
-    return ce, kl, (grad if slope is None else grad * slope).to(dtype)
+    out.copy_(grad if slope is None else grad * slope)
+    return ce, kl
 
 
 def cross_entropy_with_gradient(logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,6 +269,13 @@ def form_logits(raw: Tensor, form: LogitForm) -> tuple[Tensor, Tensor | float | 
         return (raw, None) if form.scale == 1 else (raw * form.scale, form.scale)
     bent = torch.tanh(raw * (form.scale / form.cap))
     return bent * form.cap, form.scale * (1 - bent.square())
+
+
+def rows_at_once(hidden: Tensor, vocab_size: int) -> int:
+    """Rows a chunk such that logits and kept gradients keep to CHUNK_BYTES; whole tiles of a matrix product."""
+    row = vocab_size * (8 + GRADIENT_CHUNKS * gradient_dtype(operand_dtype(hidden)).itemsize)
+    rows = max(1, CHUNK_BYTES.get(hidden.device.type, 2**26) // row)
+    return rows - rows % _TILE if rows > _TILE else rows
 
 
 def operand_dtype(hidden: Tensor) -> torch.dtype:
@@ -282,6 +303,30 @@ def product(left: Tensor, right: Tensor) -> Tensor:
         return left @ right
 
 
+def precise_product(left: Tensor, right: Tensor) -> Tensor:
+    """[..., n, k] @ [..., k, m] to float32 rounding; on a GPU as sums of bfloat16 products, which tensor cores take.
+
+    A float32 number is a sum of three bfloat16 ones; products of parts below the last bit are left out (arXiv 1904.06376).
+    """
+    if not left.is_cuda or torch.float64 in (left.dtype, right.dtype):
+        exact = torch.promote_types(torch.float32, torch.promote_types(left.dtype, right.dtype))
+        return left.to(exact) @ right.to(exact)
+    lefts, rights = _parts(left), _parts(right)
+    pairs = [(one, other) for i, one in enumerate(lefts) for other in rights[: 3 - i]]
+    one, other = (torch.cat(side, dim) for side, dim in zip(zip(*pairs, strict=True), (-1, -2), strict=True))
+    multiply = torch.mm if left.dim() == 2 else torch.bmm
+    return multiply(one, other, out_dtype=torch.float32)
+
+
+def _parts(values: Tensor) -> list[Tensor]:
+    """bfloat16 tensors that sum up to `values`, largest first."""
+    if values.dtype == torch.bfloat16:
+        return [values]
+    first = values.bfloat16()
+    second = values - first
+    return [first, second.bfloat16(), (second - second.bfloat16()).bfloat16()]
+
+
 def _accumulate(target: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left @ right to target, in its precision and inside the product."""
     with torch.autocast(left.device.type, enabled=False):
@@ -289,6 +334,11 @@ def _accumulate(target: Tensor, left: Tensor, right: Tensor) -> None:
             torch.addmm(target, left, right, out_dtype=torch.float32, out=target)
         else:
             torch.addmm(target, left, right, out=target)
+
+
+def _scale(grad: Tensor | None, factor: Tensor, like: Tensor) -> Tensor | None:
+    """The gradient times a factor in the precision of `like`, in one pass."""
+    return None if grad is None else torch.mul(grad, factor, out=torch.empty_like(like))
 
 
 def refuse_second_derivatives() -> None:
@@ -302,7 +352,7 @@ def _one_tensor(left: Tensor, right: Tensor) -> bool:
     return left.data_ptr() == right.data_ptr()
 
 
-def _kernel(backend: str, hidden: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def _kernel(backend: str, hidden: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend {backend!r} is not known; use 'auto', 'torch' or 'triton'")
     if backend == "triton" and hidden.dtype == torch.float64:

@@ -1,7 +1,9 @@
-"""One program per row: log-sum-exps of student and teacher, CE and divergence, and the gradient over the logits.
+"""Log-sum-exps of student and teacher, CE, divergence and the gradient to the logits, each logit read once from memory.
 
-The same results as `losses.rows.score_torch`, which is the reference. Numbers that only a trace knows (block, warps)
-stand here; `TRITON_INTERPRET=1` runs the kernel on a CPU, in float32 and float16.
+A program holds one tile of one row; the programs of a row publish their sums, wait for each other on a counter and go on
+with the logits still in registers. The same results as `losses.rows.score_torch`, which is the reference. Numbers that
+only a trace knows (block, warps) stand here; `TRITON_INTERPRET=1` runs the kernel on a CPU, in float32 and float16, one
+step a launch, since programs cannot wait for each other there.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 _KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "skewed_kl": 3, "total_variation": 4}
-_BLOCK = 2048  # these two: benchmarks/results/losses_tuning.json
-_WARPS = 8
+_BLOCK = 8192  # these two: benchmarks/results/losses_tuning.json
+_WARPS = 16
+_FIELDS = 8
 
 
 @triton.jit
@@ -25,13 +28,6 @@ def _form(raw, scale, cap, CAP: tl.constexpr):
         return cap * (2 * tl.sigmoid(2 * raw * scale / cap) - 1)  # tanh
     else:
         return raw * scale
-
-
-@triton.jit
-def _grow(top, total, values):
-    """Online log-sum-exp: the running maximum and sum with one more block."""
-    higher = tl.maximum(top, tl.max(values, 0))
-    return higher, total * tl.exp(top - higher) + tl.sum(tl.exp(values - higher), 0)
 
 
 @triton.jit
@@ -57,122 +53,125 @@ def _terms(lq, lp, beta, log_beta, log_rest, KIND: tl.constexpr):
 
 
 @triton.jit
-def _read(logits, start, lanes, scale, cap, VOCAB: tl.constexpr, CAP: tl.constexpr):
-    return _form(tl.load(logits + start + lanes, mask=start + lanes < VOCAB, other=0.0), scale, cap, CAP)
+def _publish(place, values, keep):
+    """Maximum and sum of exponentials of this tile."""
+    values = tl.where(keep, values, -float("inf"))
+    top = tl.max(values, 0)
+    tl.store(place, top)
+    tl.store(place + 1, tl.sum(tl.exp(values - top), 0))
 
 
 @triton.jit
-def _log_sum(logits, scale, cap, sharpness, VOCAB: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
-    """Log-sum-exp of sharpness times one row of logits."""
-    lanes = tl.arange(0, BLOCK)
-    top, total = -float("inf"), 0.0
-    for start in range(0, VOCAB, BLOCK):
-        x = sharpness * _read(logits, start, lanes, scale, cap, VOCAB, CAP)
-        top, total = _grow(top, total, tl.where(start + lanes < VOCAB, x, -float("inf")))
-    return top + tl.log(total)
+def _log_sum(sums, PARTS: tl.constexpr, FIELDS: tl.constexpr):
+    """Log-sum-exp of a row from what its programs published; past the first-level cache, which may be stale."""
+    lanes = tl.arange(0, triton.next_power_of_2(PARTS))
+    tops = tl.load(sums + lanes * FIELDS, mask=lanes < PARTS, other=-float("inf"), cache_modifier=".cg")
+    totals = tl.load(sums + lanes * FIELDS + 1, mask=lanes < PARTS, other=0.0, cache_modifier=".cg")
+    top = tl.max(tops, 0)
+    return top + tl.log(tl.sum(totals * tl.exp(tops - top), 0))
 
 
 @triton.jit
-def _slope(
-    logits, taught, scale, cap, taught_scale, taught_cap, lse, taught_lse, sharpness, beta, log_beta, log_rest,
-    VOCAB: tl.constexpr, KIND: tl.constexpr, CAP: tl.constexpr, TAUGHT_CAP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sum w over one row."""
-    lanes = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, VOCAB, BLOCK):
-        keep = start + lanes < VOCAB
-        lq = sharpness * _read(logits, start, lanes, scale, cap, VOCAB, CAP) - lse
-        lp = sharpness * _read(taught, start, lanes, taught_scale, taught_cap, VOCAB, TAUGHT_CAP) - taught_lse
-        _, w = _terms(lq, lp, beta, log_beta, log_rest, KIND)
-        total += tl.where(keep, w, 0.0)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def _write_gradient(
-    logits, taught, grad, label, ce_w, kl_w, scale, cap, taught_scale, taught_cap,
-    lse, soft_lse, taught_lse, slope, sharpness, beta, log_beta, log_rest,
-    VOCAB: tl.constexpr, KIND: tl.constexpr, TAUGHT: tl.constexpr,
-    CAP: tl.constexpr, TAUGHT_CAP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Over one row; returns sum d, which costs nothing here."""
-    lanes = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, VOCAB, BLOCK):
-        keep = start + lanes < VOCAB
-        x = _read(logits, start, lanes, scale, cap, VOCAB, CAP)
-        g = ce_w * (tl.exp(x - lse) - tl.where(start + lanes == label, 1.0, 0.0))
-        if TAUGHT:
-            lq = sharpness * x - soft_lse
-            lp = sharpness * _read(taught, start, lanes, taught_scale, taught_cap, VOCAB, TAUGHT_CAP) - taught_lse
-            d, w = _terms(lq, lp, beta, log_beta, log_rest, KIND)
-            total += tl.where(keep, d, 0.0)
-            g += kl_w * sharpness * (w - tl.exp(lq) * slope)
-        g *= scale
-        if CAP:
-            g *= 1 - (x / cap) * (x / cap)
-        # A narrower gradient lies over logits of this very block: all must be read before the first is written.
-        tl.debug_barrier()
-        tl.store(grad + start + lanes, g.to(grad.dtype.element_ty), mask=keep)
-    return tl.sum(total, 0)
+def _meet(arrived, programs):
+    """Wait until so many programs of this row have come here."""
+    tl.debug_barrier()
+    tl.atomic_add(arrived, 1)
+    while tl.atomic_add(arrived, 0) < programs:
+        pass
 
 
 @triton.jit
 def _rows_kernel(
-    logits, taught, grad, labels, ce_weight, kl_weight, ce_out, kl_out, stride, taught_stride, grad_stride,
+    logits, taught, grad, labels, ce_weight, kl_weight, ce_out, sums, turns, stride, taught_stride, grad_stride,
     scale, cap, taught_scale, taught_cap, sharpness, beta, log_beta, log_rest,
-    VOCAB: tl.constexpr, KIND: tl.constexpr, TAUGHT: tl.constexpr, SOFT: tl.constexpr,
-    CAP: tl.constexpr, TAUGHT_CAP: tl.constexpr, BLOCK: tl.constexpr,
+    VOCAB: tl.constexpr, KIND: tl.constexpr, TAUGHT: tl.constexpr, SOFT: tl.constexpr, CAP: tl.constexpr,
+    TAUGHT_CAP: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    logits += row * stride
-    taught += row * taught_stride
-    grad += row * grad_stride
-    label, ce_w, kl_w = tl.load(labels + row), tl.load(ce_weight + row), tl.load(kl_weight + row)
-    counts = (label >= 0) & (ce_w != 0)
-    ce_w = tl.where(counts, ce_w, 0.0)
-    lse = _log_sum(logits, scale, cap, 1.0, VOCAB, CAP, BLOCK)
-    own = _form(tl.load(logits + tl.where(counts, label, 0)), scale, cap, CAP)
-    tl.store(ce_out + row, tl.where(counts, lse - own, 0.0))
-    soft_lse = lse
-    taught_lse = 0.0
+    """STEP 0: sums of the tiles; 1: sum w; 2: the gradient; -1: all, waiting between them.
+
+    `sums` [rows, PARTS, FIELDS]: maximum and sum of the student's logits, of its softened ones, of the teacher's; sum w;
+    sum d. `turns` [1 + rows]: programs started, then programs that have arrived in each row.
+    """
+    # By order of start, so that the programs waited for are running or next.
+    program = tl.atomic_add(turns, 1) if STEP < 0 else tl.program_id(0)
+    row, part = (program // PARTS).to(tl.int64), program % PARTS
+    ids = part * BLOCK + tl.arange(0, BLOCK)
+    keep = ids < VOCAB
+    x = _form(tl.load(logits + row * stride + ids, mask=keep, other=0.0), scale, cap, CAP)
+    y = x
     if TAUGHT:
-        taught_lse = _log_sum(taught, taught_scale, taught_cap, sharpness, VOCAB, TAUGHT_CAP, BLOCK)
+        y = sharpness * _form(
+            tl.load(taught + row * taught_stride + ids, mask=keep, other=0.0), taught_scale, taught_cap, TAUGHT_CAP
+        )
+    sums += row * PARTS * FIELDS
+    if STEP <= 0:
+        _publish(sums + part * FIELDS, x, keep)
         if SOFT:
-            soft_lse = _log_sum(logits, scale, cap, sharpness, VOCAB, CAP, BLOCK)
-    slope = -1.0  # forward KL: the teacher's probabilities sum to one
-    if TAUGHT and KIND != 0:
-        slope = _slope(
-            logits, taught, scale, cap, taught_scale, taught_cap, soft_lse, taught_lse, sharpness,
-            beta, log_beta, log_rest, VOCAB, KIND, CAP, TAUGHT_CAP, BLOCK,
-        )  # fmt: skip
-    divergence = _write_gradient(
-        logits, taught, grad, label, ce_w, kl_w, scale, cap, taught_scale, taught_cap, lse, soft_lse, taught_lse,
-        slope, sharpness, beta, log_beta, log_rest, VOCAB, KIND, TAUGHT, CAP, TAUGHT_CAP, BLOCK,
-    )  # fmt: skip
-    tl.store(kl_out + row, tl.where(kl_w != 0, divergence, 0.0))
+            _publish(sums + part * FIELDS + 2, sharpness * x, keep)
+        if TAUGHT:
+            _publish(sums + part * FIELDS + 4, y, keep)
+    if STEP < 0:
+        _meet(turns + 1 + row, PARTS)
+    if STEP != 0:
+        lse = _log_sum(sums, PARTS, FIELDS)
+        d, w, q = x, x, x
+        if TAUGHT:
+            lq = sharpness * x - (_log_sum(sums + 2, PARTS, FIELDS) if SOFT else lse)
+            q = tl.exp(lq)
+            d, w = _terms(lq, y - _log_sum(sums + 4, PARTS, FIELDS), beta, log_beta, log_rest, KIND)
+        slope = -1.0  # forward KL: the teacher's probabilities sum to one
+        if TAUGHT and KIND != 0:
+            if STEP < 2:
+                tl.store(sums + part * FIELDS + 6, tl.sum(tl.where(keep, w, 0.0), 0))
+            if STEP < 0:
+                _meet(turns + 1 + row, 2 * PARTS)
+            lanes = tl.arange(0, triton.next_power_of_2(PARTS))
+            slope = tl.sum(tl.load(sums + lanes * FIELDS + 6, mask=lanes < PARTS, other=0.0, cache_modifier=".cg"), 0)
+        if STEP != 1:
+            label, ce_w = tl.load(labels + row), tl.load(ce_weight + row)
+            counts = (label >= 0) & (ce_w != 0)
+            own = ids == label
+            if part == tl.where(counts, label // BLOCK, 0):
+                tl.store(ce_out + row, tl.where(counts, lse - tl.sum(tl.where(own, x, 0.0), 0), 0.0))
+            g = tl.where(counts, ce_w, 0.0) * (tl.exp(x - lse) - tl.where(own, 1.0, 0.0))
+            if TAUGHT:
+                tl.store(sums + part * FIELDS + 7, tl.sum(tl.where(keep, d, 0.0), 0))
+                g += tl.load(kl_weight + row) * sharpness * (w - q * slope)
+            g *= scale
+            if CAP:
+                g *= 1 - (x / cap) * (x / cap)
+            tl.store(grad + row * grad_stride + ids, g.to(grad.dtype.element_ty), mask=keep)
 
 
 def score_triton(
-    logits: Tensor, taught: Tensor | None, labels: Tensor, ce_weight: Tensor, kl_weight: Tensor, how: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `losses.rows.score_torch`; `logits`, float32 [n, V], are overwritten and the gradient is a view of them."""
-    assert logits.dtype == torch.float32, "the kernel writes over float32 logits"
-    assert logits.is_contiguous(), "the kernel writes over whole rows"
+    logits: Tensor,
+    taught: Tensor | None,
+    labels: Tensor,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
+    how: Any,
+    grad: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """As `losses.rows.score_torch`, from float32 logits."""
+    assert logits.dtype == torch.float32, "the kernel reads float32 logits"
+    assert logits.stride(1) == 1, "the kernel reads whole rows"
     assert taught is None or (taught.dtype == torch.float32 and taught.stride(1) == 1), "teacher logits must be float32"
-    divergence, beta, temperature, (student, teacher), dtype = how
+    divergence, beta, temperature, (student, teacher) = how
     rows, vocab = logits.shape
-    grad = logits.view(dtype)[:, :vocab]
-    ce, kl = torch.empty_like(ce_weight), torch.empty_like(kl_weight)
+    block = min(_BLOCK, triton.next_power_of_2(vocab))
+    parts = triton.cdiv(vocab, block)
+    sums = logits.new_zeros(rows, parts, _FIELDS)
+    turns = torch.zeros(1 + rows, dtype=torch.int32, device=logits.device)
+    ce = torch.empty_like(ce_weight)
     mix = (beta, math.log(beta), math.log1p(-beta)) if divergence in ("jsd", "skewed_kl") else (0.0, 0.0, 0.0)
     with torch.cuda.device_of(logits):
-        _rows_kernel[(rows,)](
-            logits, logits if taught is None else taught, grad, labels, ce_weight, kl_weight, ce, kl,
-            logits.stride(0), 0 if taught is None else taught.stride(0), grad.stride(0),
-            *map(float, (*student, *teacher)), 1 / temperature, *mix,
-            VOCAB=vocab, KIND=_KINDS[divergence], TAUGHT=taught is not None, SOFT=temperature != 1,
-            CAP=bool(student.cap), TAUGHT_CAP=bool(teacher.cap),
-            BLOCK=min(_BLOCK, triton.next_power_of_2(vocab)), num_warps=_WARPS,
-        )  # fmt: skip
-    return ce, kl, grad
+        for step in (-1,) if logits.is_cuda else (0, 1, 2):
+            _rows_kernel[(rows * parts,)](
+                logits, logits if taught is None else taught, grad, labels, ce_weight, kl_weight, ce, sums, turns,
+                logits.stride(0), 0 if taught is None else taught.stride(0), grad.stride(0),
+                *map(float, (*student, *teacher)), 1 / temperature, *mix,
+                VOCAB=vocab, KIND=_KINDS[divergence], TAUGHT=taught is not None, SOFT=temperature != 1,
+                CAP=bool(student.cap), TAUGHT_CAP=bool(teacher.cap),
+                BLOCK=block, PARTS=parts, FIELDS=_FIELDS, STEP=step, num_warps=_WARPS,
+            )  # fmt: skip
+    return ce, sums[..., 7].sum(1).where(kl_weight != 0, 0)
