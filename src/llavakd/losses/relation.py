@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -68,10 +69,12 @@ def gram(
             hidden = hidden.where(valid.unsqueeze(-1), 0)
         if center:
             hidden = hidden.to(square.dtype)
-            tokens = hidden.shape[-2] if valid is None else valid.sum(-1)[..., None, None].clamp_min(1)
-            hidden = hidden - hidden.sum(-2, keepdim=True) / tokens
+            count = hidden.shape[-2] if valid is None else valid.sum(-1)[..., None, None].clamp_min(1)
+            hidden = hidden - hidden.sum(-2, keepdim=True) / count
             hidden = hidden if valid is None else hidden.where(valid.unsqueeze(-1), 0)
-        matrix = _Gram.apply(hidden, square)
+        # Tensor cores want rows of whole 16 bytes; tokens of zeros add zeros.
+        tokens = hidden.shape[-2]
+        matrix = _Gram.apply(F.pad(hidden, (0, 0, 0, -tokens % 8)), square)[..., :tokens, :tokens]
         if row_normalize:
             length = matrix.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(matrix.dtype).tiny).sqrt()
             matrix = matrix / (length.unsqueeze(-1) * length.unsqueeze(-2))

@@ -313,9 +313,11 @@ def precise_product(left: Tensor, right: Tensor) -> Tensor:
         return left.to(exact) @ right.to(exact)
     lefts, rights = _parts(left), _parts(right)
     pairs = [(one, other) for i, one in enumerate(lefts) for other in rights[: 3 - i]]
-    one, other = (torch.cat(side, dim) for side, dim in zip(zip(*pairs, strict=True), (-1, -2), strict=True))
-    multiply = torch.mm if left.dim() == 2 else torch.bmm
-    return multiply(one, other, out_dtype=torch.float32)
+    multiply, add = (torch.mm, torch.addmm) if left.dim() == 2 else (torch.bmm, torch.baddbmm)
+    result = multiply(*pairs[-1], out_dtype=torch.float32)
+    for pair in pairs[-2::-1]:
+        add(result, *pair, out_dtype=torch.float32, out=result)
+    return result
 
 
 def _parts(values: Tensor) -> list[Tensor]:
