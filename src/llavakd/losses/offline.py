@@ -10,8 +10,10 @@ from torch import Tensor
 
 from llavakd.losses.rows import (
     RowLosses,
+    at,
     cross_entropy_with_gradient,
     exact_dtype,
+    live_rows,
     score_rows,
 )
 
@@ -73,15 +75,17 @@ def distill_rows_topk(
     else:
         rest = 1 - mass if teacher_tail is None else teacher_tail.detach().to(p.dtype)
         rest = rest.clamp_min(0).where(distilled, 0)
-    ids = teacher_ids.where(distilled[:, None], 0)
+    live = live_rows(labels, ce_weight, kl_weight, vocab_size)
+    stored = [at(tensor, live) for tensor in (teacher_ids.where(distilled[:, None], 0), p, rest)]
 
-    def score(logits: Tensor, rows: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
-        return _score(logits, ids[rows], p[rows], rest[rows], *given)
+    def score(logits: Tensor, part: slice, *given: Tensor) -> tuple[Tensor, Tensor]:
+        return _score(logits, *(tensor[part] for tensor in stored), *given)
 
     return score_rows(
         student_hidden,
         student_head,
         labels,
+        live,
         ce_weight=ce_weight,
         kl_weight=kl_weight,
         score=score,

@@ -19,8 +19,8 @@ CHUNK_BYTES = {"cpu": 2**26, "cuda": 17 * 2**26}  # logits of one chunk, both mo
 GRADIENT_CHUNKS = 3  # whose gradients go into one product: each adds to the whole head's gradient
 _TILE = 256  # rows of a product's tile on a Hopper GPU
 _LOW = (torch.bfloat16, torch.float16)
-# (student logits, chunk's row numbers, labels, ce weight, kl weight, where the gradient goes) -> (CE, divergence)
-Score = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# (student logits, which live rows, labels, ce weight, kl weight, where the gradient goes) -> (CE, divergence)
+Score = Callable[[Tensor, slice, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class RowLosses(NamedTuple):
@@ -107,23 +107,25 @@ def distill_rows(
     kernel = _kernel(backend, student_hidden)
     dtype = operand_dtype(student_hidden)
     how = Scoring(kind, beta, temperature, (student_form, teacher_form))
+    live = live_rows(labels, ce_weight, kl_weight, vocab_size)
     teacher = None
     if teacher_hidden is not None and teacher_head is not None:
-        teacher = teacher_hidden.detach(), teacher_head[:vocab_size].detach().to(dtype)
+        teacher = at(teacher_hidden.detach(), live), teacher_head[:vocab_size].detach().to(dtype)
 
     def score(
-        logits: Tensor, rows: Tensor, labels: Tensor, ce_weight: Tensor, kl_weight: Tensor, grad: Tensor
+        logits: Tensor, part: slice, labels: Tensor, ce_weight: Tensor, kl_weight: Tensor, grad: Tensor
     ) -> tuple[Tensor, Tensor]:
         taught = None
         if teacher is not None:
             # Zeros where nothing is distilled: a zero weight alone would turn an overflowed teacher into NaN gradients.
-            taught = product(teacher[0][rows].where(kl_weight[:, None] != 0, 0).to(dtype), teacher[1].T)
+            taught = product(teacher[0][part].where(kl_weight[:, None] != 0, 0).to(dtype), teacher[1].T)
         return kernel(logits, taught, labels, ce_weight, kl_weight, how, grad)
 
     return score_rows(
         student_hidden,
         student_head,
         labels,
+        live,
         ce_weight=ce_weight,
         kl_weight=kl_weight,
         score=score,
@@ -132,10 +134,18 @@ def distill_rows(
     )
 
 
+def live_rows(labels: Tensor, ce_weight: Tensor, kl_weight: Tensor, vocab_size: int) -> Tensor:
+    """int64 numbers of the rows that weigh something; raises ValueError where a label of theirs has no logit."""
+    live = ((ce_weight != 0) & (labels != IGNORE_INDEX) | (kl_weight != 0)).nonzero().squeeze(1)
+    _check_labels(at(labels, live), vocab_size)
+    return live
+
+
 def score_rows(
     student_hidden: Tensor,
     student_head: Tensor,
     labels: Tensor,
+    live: Tensor,
     *,
     ce_weight: Tensor,
     kl_weight: Tensor,
@@ -144,12 +154,9 @@ def score_rows(
     chunk_rows: int | None,
 ) -> RowLosses:
     """The chunked pass over live rows with any `score`; arguments as `distill_rows`."""
-    live = (ce_weight != 0) & (labels != IGNORE_INDEX) | (kl_weight != 0)
-    index = live.nonzero().squeeze(1)
-    _check_labels(labels[index], vocab_size)
     if chunk_rows is None:
         chunk_rows = rows_at_once(student_hidden, vocab_size)
-    sweep = _Sweep(labels, index, score, vocab_size, chunk_rows)
+    sweep = _Sweep(labels, live, score, vocab_size, chunk_rows)
     return RowLosses(*_ScoreRows.apply(student_hidden, student_head, ce_weight, kl_weight, sweep))
 
 
@@ -157,7 +164,7 @@ class _Sweep(NamedTuple):
     """One pass over the live rows, in chunks."""
 
     labels: Tensor
-    rows: Tensor
+    live: Tensor
     score: Score
     vocab_size: int
     chunk_rows: int
@@ -167,27 +174,46 @@ class _Sweep(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """(CE [N], divergence [N], gradient to hidden, gradient to head) of the weighted sum; None where not wanted."""
         dtype, exact = operand_dtype(hidden), exact_dtype(hidden)
+        narrow, total, count = gradient_dtype(dtype), len(hidden), len(self.live)
         weight = head[: self.vocab_size].to(dtype)
-        narrow = gradient_dtype(dtype)
         weight_again = weight.to(narrow)
-        ce_rows, kl_rows = (torch.zeros(len(hidden), dtype=exact, device=hidden.device) for _ in range(2))
-        grad_hidden = torch.zeros_like(hidden) if wanted[0] else None
+        hidden = at(hidden, self.live)
+        labels, ce_weight, kl_weight = (
+            at(tensor, self.live) for tensor in (self.labels, ce_weight.to(exact), kl_weight.to(exact))
+        )
+        ce_rows, kl_rows = hidden.new_zeros(2, count, dtype=exact)
+        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
         grad_head = torch.zeros(head.shape, dtype=exact, device=head.device) if wanted[1] else None
-        kept = min(len(self.rows), GRADIENT_CHUNKS * self.chunk_rows)
-        grads = torch.empty(kept, self.vocab_size, dtype=narrow, device=head.device)
-        for block in self.rows.split(GRADIENT_CHUNKS * self.chunk_rows):
-            chunks = zip(block.split(self.chunk_rows), grads.split(self.chunk_rows), strict=False)
-            for rows, grad in chunks:
-                weights = self.labels[rows], ce_weight[rows].to(exact), kl_weight[rows].to(exact)
-                logits = product(hidden[rows].to(dtype), weight.T)
-                ce_rows[rows], kl_rows[rows] = self.score(logits, rows, *weights, grad[: len(rows)])
+        together = GRADIENT_CHUNKS * self.chunk_rows
+        grads = torch.empty(min(count, together), self.vocab_size, dtype=narrow, device=head.device)
+        for first in range(0, count, together):
+            block = slice(first, min(first + together, count))
+            for start in range(block.start, block.stop, self.chunk_rows):
+                part = slice(start, min(start + self.chunk_rows, block.stop))
+                logits = product(hidden[part].to(dtype), weight.T)
+                grad = grads[part.start - first : part.stop - first]
+                ce_rows[part], kl_rows[part] = self.score(
+                    logits, part, labels[part], ce_weight[part], kl_weight[part], grad
+                )
                 del logits
-            grad = grads[: len(block)]
+            grad = grads[: block.stop - first]
             if grad_hidden is not None:
-                grad_hidden[block] = product(grad, weight_again).to(hidden.dtype)
+                grad_hidden[block] = product(grad, weight_again)
             if grad_head is not None:
                 _accumulate(grad_head[: self.vocab_size], grad.T, hidden[block].to(narrow))
-        return ce_rows, kl_rows, grad_hidden, grad_head
+        if grad_hidden is not None:
+            grad_hidden = _spread(grad_hidden, self.live, total)
+        return _spread(ce_rows, self.live, total), _spread(kl_rows, self.live, total), grad_hidden, grad_head
+
+
+def at(values: Tensor, rows: Tensor) -> Tensor:
+    """values[rows] of ascending row numbers; without a copy where it is all of them."""
+    return values if len(values) == len(rows) else values[rows]
+
+
+def _spread(values: Tensor, rows: Tensor, total: int) -> Tensor:
+    """The reverse of `at`: zeros in the other rows."""
+    return values if len(rows) == total else values.new_zeros(total, *values.shape[1:]).index_copy_(0, rows, values)
 
 
 class _ScoreRows(torch.autograd.Function):

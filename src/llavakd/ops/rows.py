@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 _KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "skewed_kl": 3, "total_variation": 4}
-_BLOCK, _WARPS, _GROUP = 4096, 4, 8  # benchmarks/results/losses_tuning.json
+_BLOCK, _WARPS, _GROUP = 1024, 1, 8  # benchmarks/results/losses_tuning.json
 _FIELDS = 8
 
 
@@ -62,7 +62,7 @@ def _publish(place, values, keep):
 
 @triton.jit
 def _log_sum(sums, PARTS: tl.constexpr, FIELDS: tl.constexpr):
-    """Log-sum-exp of a row from what its programs published; past the first-level cache, which may be stale."""
+    """Log-sum-exp of a row from what its tiles published; past the first-level cache, which may be stale."""
     lanes = tl.arange(0, triton.next_power_of_2(PARTS))
     tops = tl.load(sums + lanes * FIELDS, mask=lanes < PARTS, other=-float("inf"), cache_modifier=".cg")
     totals = tl.load(sums + lanes * FIELDS + 1, mask=lanes < PARTS, other=0.0, cache_modifier=".cg")
@@ -72,9 +72,9 @@ def _log_sum(sums, PARTS: tl.constexpr, FIELDS: tl.constexpr):
 
 @triton.jit
 def _arrive(arrived):
-    """Count this program in, after all that it stored."""
+    """Count this program in, after all that it stored; how many were there before it."""
     tl.debug_barrier()
-    tl.atomic_add(arrived, 1)
+    return tl.atomic_add(arrived, 1)
 
 
 @triton.jit
@@ -85,33 +85,72 @@ def _wait(arrived, programs):
 
 
 @triton.jit
-def _gradient(
-    x, y, ids, part, grad, label, ce_w, kl_w, ce_out, sums, scale, cap, sharpness, beta, log_beta, log_rest,
-    VOCAB: tl.constexpr, KIND: tl.constexpr, TAUGHT: tl.constexpr, SOFT: tl.constexpr, CAP: tl.constexpr,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr,
+def _add_up(
+    x, y, keep, sums, part, row_sums, arrived, sharpness,
+    TAUGHT: tl.constexpr, SOFT: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
-    """Of one tile; stores sum d of it and, where the label lies, the row's cross-entropy."""
-    keep = ids < VOCAB
-    lse = _log_sum(sums, PARTS, FIELDS)
+    """Publish a tile's sums; the last program of the row makes its log-sum-exps."""
+    mine = sums + part * FIELDS
+    _publish(mine, x, keep)
+    if SOFT:
+        _publish(mine + 2, sharpness * x, keep)
+    if TAUGHT:
+        _publish(mine + 4, y, keep)
+    if _arrive(arrived) == PARTS - 1:
+        tl.store(row_sums, _log_sum(sums, PARTS, FIELDS))
+        if SOFT:
+            tl.store(row_sums + 1, _log_sum(sums + 2, PARTS, FIELDS))
+        if TAUGHT:
+            tl.store(row_sums + 2, _log_sum(sums + 4, PARTS, FIELDS))
+        _arrive(arrived)
+
+
+@triton.jit
+def _compare(
+    x, y, row_sums, sharpness, beta, log_beta, log_rest, KIND: tl.constexpr, TAUGHT: tl.constexpr, SOFT: tl.constexpr
+):  # fmt: skip
+    """(log-softmax of the student's logits, its exponential, d, w, softened q) of one tile."""
+    hard = x - tl.load(row_sums, cache_modifier=".cg")
+    q_hard = tl.exp(hard)
+    d, w, q = hard, hard, q_hard
+    if TAUGHT:
+        lq = hard
+        if SOFT:
+            lq = sharpness * x - tl.load(row_sums + 1, cache_modifier=".cg")
+            q = tl.exp(lq)
+        d, w = _terms(lq, q, y - tl.load(row_sums + 2, cache_modifier=".cg"), beta, log_beta, log_rest, KIND)
+    return hard, q_hard, d, w, q
+
+
+@triton.jit
+def _share(tile_sum, sums, part, total, arrived, others, PARTS: tl.constexpr, FIELDS: tl.constexpr):
+    """Publish a tile's sum; the last program of the row, which finds `others` before it, stores that of all tiles."""
+    tl.store(sums + part * FIELDS, tile_sum)
+    if _arrive(arrived) == others:
+        lanes = tl.arange(0, triton.next_power_of_2(PARTS))
+        tl.store(total, tl.sum(tl.load(sums + lanes * FIELDS, mask=lanes < PARTS, other=0.0, cache_modifier=".cg"), 0))
+        _arrive(arrived)
+
+
+@triton.jit
+def _write_gradient(
+    hard, q_hard, d, w, q, x, ids, keep, part, label, ce_w, kl_w, grad, ce_out, kl_out, sums, row_sums,
+    arrived, scale, cap, sharpness, KIND: tl.constexpr, TAUGHT: tl.constexpr, CAP: tl.constexpr,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Of one tile, and the row's CE (where the label lies) and divergence (the last program)."""
     counts = (label >= 0) & (ce_w != 0)
     own = ids == label
     if part == tl.where(counts, label // BLOCK, 0):
-        tl.store(ce_out, tl.where(counts, lse - tl.sum(tl.where(own, x, 0.0), 0), 0.0))
-    hard = tl.exp(x - lse)
-    g = tl.where(counts, ce_w, 0.0) * (hard - tl.where(own, 1.0, 0.0))
+        tl.store(ce_out, tl.where(counts, -tl.sum(tl.where(own, hard, 0.0), 0), 0.0))
+    g = tl.where(counts, ce_w, 0.0) * (q_hard - tl.where(own, 1.0, 0.0))
     if TAUGHT:
-        lq, q = x - lse, hard
-        if SOFT:
-            lq = sharpness * x - _log_sum(sums + 2, PARTS, FIELDS)
-            q = tl.exp(lq)
-        d, w = _terms(lq, q, y - _log_sum(sums + 4, PARTS, FIELDS), beta, log_beta, log_rest, KIND)
-        tl.store(sums + part * FIELDS + 7, tl.sum(tl.where(keep, d, 0.0), 0))
-        if KIND == 0:
-            g += kl_w * sharpness * (w + q)  # the teacher's probabilities sum to one
-        else:
-            lanes = tl.arange(0, triton.next_power_of_2(PARTS))
-            slopes = tl.load(sums + lanes * FIELDS + 6, mask=lanes < PARTS, other=0.0, cache_modifier=".cg")
-            g += kl_w * sharpness * (w - q * tl.sum(slopes, 0))
+        d_sum = tl.where(kl_w != 0, tl.sum(tl.where(keep, d, 0.0), 0), 0.0)
+        _share(d_sum, sums + 7, part, kl_out, arrived, STAGES * PARTS + STAGES - 2, PARTS, FIELDS)
+        slope = -1.0  # forward KL: the teacher's probabilities sum to one
+        if KIND != 0:
+            slope = tl.load(row_sums + 3, cache_modifier=".cg")
+        g += kl_w * sharpness * (w - q * slope)
     g *= scale
     if CAP:
         g *= 1 - (x / cap) * (x / cap)
@@ -120,16 +159,17 @@ def _gradient(
 
 @triton.jit
 def _rows_kernel(
-    logits, taught, grad, labels, ce_weight, kl_weight, ce_out, sums, arrived, rows, stride, taught_stride, grad_stride,
-    scale, cap, taught_scale, taught_cap, sharpness, beta, log_beta, log_rest,
+    logits, taught, grad, labels, ce_weight, kl_weight, ce_out, kl_out, sums, row_sums, arrived, rows,
+    stride, taught_stride, grad_stride, scale, cap, taught_scale, taught_cap, sharpness, beta, log_beta, log_rest,
     VOCAB: tl.constexpr, KIND: tl.constexpr, TAUGHT: tl.constexpr, SOFT: tl.constexpr, CAP: tl.constexpr,
     TAUGHT_CAP: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr, GROUP: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Stages: sums of the tiles; sum w where it is not known (KIND > 0); the gradient.
+    """Stages: log-sum-exps; sum w where it is not known (KIND > 0); the gradient.
 
-    `sums` [rows, PARTS, FIELDS]: maximum and sum of the student's logits, of its softened ones, of the teacher's; sum w;
-    sum d. `arrived` [rows]: programs of earlier stages that are done.
+    `sums` [rows, PARTS, FIELDS]: maximum and sum of a tile of the student's logits, of its softened ones, of the
+    teacher's; sum w; sum d. `row_sums` [rows, 4]: log-sum-exps of the three; sum w. `arrived` [rows]: programs done, and
+    one more a stage once the row's own sums stand.
     """
     program = tl.program_id(0)
     slot, place = program // (GROUP * PARTS), program % (GROUP * PARTS)
@@ -144,28 +184,24 @@ def _rows_kernel(
             raw = tl.load(taught + row * taught_stride + ids, mask=keep, other=0.0)
             y = sharpness * _form(raw, taught_scale, taught_cap, TAUGHT_CAP)
         sums += row * PARTS * FIELDS
-        mine = sums + part * FIELDS
+        row_sums += row * 4
+        arrived += row
         if stage == 0:
-            _publish(mine, x, keep)
-            if SOFT:
-                _publish(mine + 2, sharpness * x, keep)
-            if TAUGHT:
-                _publish(mine + 4, y, keep)
-            _arrive(arrived + row)
-        elif stage < STAGES - 1:
-            _wait(arrived + row, PARTS)
-            lq = sharpness * x - _log_sum(sums + 2 * SOFT, PARTS, FIELDS)
-            lp = y - _log_sum(sums + 4, PARTS, FIELDS)
-            _, w = _terms(lq, tl.exp(lq), lp, beta, log_beta, log_rest, KIND)
-            tl.store(mine + 6, tl.sum(tl.where(keep, w, 0.0), 0))
-            _arrive(arrived + row)
+            _add_up(x, y, keep, sums, part, row_sums, arrived, sharpness, TAUGHT, SOFT, PARTS, FIELDS)
         else:
-            _wait(arrived + row, PARTS * (STAGES - 1))
-            _gradient(
-                x, y, ids, part, grad + row * grad_stride, tl.load(labels + row), tl.load(ce_weight + row),
-                tl.load(kl_weight + row), ce_out + row, sums, scale, cap, sharpness, beta, log_beta, log_rest,
-                VOCAB, KIND, TAUGHT, SOFT, CAP, BLOCK, PARTS, FIELDS,
+            _wait(arrived, (PARTS + 1) * stage)
+            hard, q_hard, d, w, q = _compare(
+                x, y, row_sums, sharpness, beta, log_beta, log_rest, KIND, TAUGHT, SOFT
             )  # fmt: skip
+            if stage < STAGES - 1:
+                w_sum = tl.sum(tl.where(keep, w, 0.0), 0)
+                _share(w_sum, sums + 6, part, row_sums + 3, arrived, 2 * PARTS, PARTS, FIELDS)
+            else:
+                _write_gradient(
+                    hard, q_hard, d, w, q, x, ids, keep, part, tl.load(labels + row), tl.load(ce_weight + row),
+                    tl.load(kl_weight + row), grad + row * grad_stride, ce_out + row, kl_out + row, sums, row_sums,
+                    arrived, scale, cap, sharpness, KIND, TAUGHT, CAP, BLOCK, PARTS, FIELDS, STAGES,
+                )  # fmt: skip
 
 
 def score_triton(
@@ -185,17 +221,17 @@ def score_triton(
     rows, vocab = logits.shape
     block = min(_BLOCK, triton.next_power_of_2(vocab))
     parts, stages = triton.cdiv(vocab, block), 2 if taught is None or divergence == "forward_kl" else 3
-    sums = logits.new_zeros(rows, parts, _FIELDS)
+    sums, row_sums = logits.new_empty(rows, parts, _FIELDS), logits.new_empty(rows, 4)
     arrived = torch.zeros(rows, dtype=torch.int32, device=logits.device)
-    ce = torch.empty_like(ce_weight)
+    ce, kl = torch.empty_like(ce_weight), torch.zeros_like(kl_weight)
     mix = (beta, math.log(beta), math.log1p(-beta)) if divergence in ("jsd", "skewed_kl") else (0.0, 0.0, 0.0)
     with torch.cuda.device_of(logits):
         _rows_kernel[((triton.cdiv(rows, _GROUP) + stages - 1) * stages * _GROUP * parts,)](
-            logits, logits if taught is None else taught, out, labels, ce_weight, kl_weight, ce, sums, arrived, rows,
-            logits.stride(0), 0 if taught is None else taught.stride(0), out.stride(0),
+            logits, logits if taught is None else taught, out, labels, ce_weight, kl_weight, ce, kl, sums, row_sums,
+            arrived, rows, logits.stride(0), 0 if taught is None else taught.stride(0), out.stride(0),
             *map(float, (*student, *teacher)), 1 / temperature, *mix,
             VOCAB=vocab, KIND=_KINDS[divergence], TAUGHT=taught is not None, SOFT=temperature != 1,
             CAP=bool(student.cap), TAUGHT_CAP=bool(teacher.cap), BLOCK=block, PARTS=parts, FIELDS=_FIELDS,
             GROUP=_GROUP, STAGES=stages, num_warps=_WARPS,
         )  # fmt: skip
-    return ce, sums[..., 7].sum(1).where(kl_weight != 0, 0)
+    return ce, kl
