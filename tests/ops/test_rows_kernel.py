@@ -138,10 +138,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from llavakd.ops.rows import _rows_kernel
 types = {"grad": "*bf16", "labels": "*i64", "stride": "i32", "taught_stride": "i32", "grad_stride": "i32", "rows": "i32"}
-types |= dict.fromkeys(("logits", "taught", "ce_weight", "kl_weight", "ce_out", "kl_out", "sums", "row_sums"), "*fp32") | {"arrived": "*i32"}
+types |= dict.fromkeys(("logits", "taught", "ce_weight", "kl_weight", "ce_out", "sums", "row_sums"), "*fp32") | {"arrived": "*i32"}
 names = {name: "constexpr" if name.isupper() else types.get(name, "fp32") for name in _rows_kernel.arg_names}
 fixed = {"VOCAB": 151936, "TAUGHT": True, "SOFT": True, "CAP": True, "TAUGHT_CAP": True, "BLOCK": 1024}
-fixed |= {"PARTS": 149, "FIELDS": 8, "GROUP": 8}
+fixed |= {"PARTS": 149, "FIELDS": 8, "GROUP": 8, "LAG": 2, "UNSET": -3e38}
 for kind in (0, 2):
     fixed["STAGES"] = 2 + (kind > 0)
     source = ASTSource(_rows_kernel, names, fixed | {"KIND": kind})

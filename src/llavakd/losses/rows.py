@@ -136,9 +136,14 @@ def distill_rows(
 
 def live_rows(labels: Tensor, ce_weight: Tensor, kl_weight: Tensor, vocab_size: int) -> Tensor:
     """int64 numbers of the rows that weigh something; raises ValueError where a label of theirs has no logit."""
-    live = ((ce_weight != 0) & (labels != IGNORE_INDEX) | (kl_weight != 0)).nonzero().squeeze(1)
-    _check_labels(at(labels, live), vocab_size)
-    return live
+    live = (ce_weight != 0) & (labels != IGNORE_INDEX) | (kl_weight != 0)
+    wrong = live & (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab_size))
+    count, mistakes = torch.stack([live.sum(), wrong.sum()]).tolist()  # one wait for the device
+    if mistakes:
+        raise ValueError(
+            f"label {int(labels[wrong][0])} lies outside the {vocab_size} ids that count; give ids below them or -100"
+        )
+    return live.nonzero_static(size=count).squeeze(1)
 
 
 def score_rows(
@@ -390,14 +395,6 @@ def _kernel(backend: str, hidden: Tensor) -> Callable[..., tuple[Tensor, Tensor]
     from llavakd.ops.rows import score_triton  # imported only where it runs: triton is not on every machine
 
     return score_triton
-
-
-def _check_labels(labels: Tensor, vocab_size: int) -> None:
-    wrong = labels[(labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab_size))]
-    if len(wrong):
-        raise ValueError(
-            f"label {int(wrong[0])} lies outside the {vocab_size} ids that count; give ids below them or -100"
-        )
 
 
 def shared_width(student_head: Tensor, teacher_head: Tensor | None, vocab_size: int | None) -> int:

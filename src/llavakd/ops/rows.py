@@ -1,8 +1,8 @@
 """Log-sum-exps of student and teacher, CE, divergence and the gradient to the logits, in one launch.
 
 A program does one stage of one tile of one row: publish the tile's sums, then (from all tiles' sums) its gradient. Rows go
-through the stages group by group, a later stage one group behind, so that what it waits for has been done as a rule and
-its logits still lie in the second-level cache. The same results as `losses.rows.score_torch`, which is the reference.
+through the stages group by group, a later stage some groups behind, so that what it waits for has been done as a rule and
+its logits still lie in the second-level cache. Blocks start in order (CUB's scans rely on it, too), so it comes. The same results as `losses.rows.score_torch`, which is the reference.
 Numbers that only a trace knows stand here; `TRITON_INTERPRET=1` runs the kernel on a CPU, in float32 and float16.
 """
 
@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 _KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "skewed_kl": 3, "total_variation": 4}
-_BLOCK, _WARPS, _GROUP = 1024, 1, 8  # benchmarks/results/losses_tuning.json
+_BLOCK, _WARPS, _GROUP, _LAG = 1024, 1, 8, 2  # benchmarks/results/losses_tuning.json
 _FIELDS = 8
+_UNSET = -3e38  # no log-sum-exp
 
 
 @triton.jit
@@ -78,10 +79,12 @@ def _arrive(arrived):
 
 
 @triton.jit
-def _wait(arrived, programs):
-    """Until so many have arrived. Blocks start in order (which CUB's scans rely on, too), so they are on their way."""
-    while tl.atomic_add(arrived, 0) < programs:
-        pass
+def _await(place, UNSET: tl.constexpr):
+    """The number that another program puts here; past the first-level cache, which may be stale."""
+    value = tl.load(place, volatile=True)
+    while value == UNSET:
+        value = tl.load(place, volatile=True)
+    return value
 
 
 @triton.jit
@@ -102,54 +105,42 @@ def _add_up(
             tl.store(row_sums + 1, _log_sum(sums + 2, PARTS, FIELDS))
         if TAUGHT:
             tl.store(row_sums + 2, _log_sum(sums + 4, PARTS, FIELDS))
-        _arrive(arrived)
 
 
 @triton.jit
 def _compare(
-    x, y, row_sums, sharpness, beta, log_beta, log_rest, KIND: tl.constexpr, TAUGHT: tl.constexpr, SOFT: tl.constexpr
+    x, y, row_sums, sharpness, beta, log_beta, log_rest,
+    KIND: tl.constexpr, TAUGHT: tl.constexpr, SOFT: tl.constexpr, UNSET: tl.constexpr,
 ):  # fmt: skip
     """(log-softmax of the student's logits, its exponential, d, w, softened q) of one tile."""
-    hard = x - tl.load(row_sums, cache_modifier=".cg")
+    hard = x - _await(row_sums, UNSET)
     q_hard = tl.exp(hard)
     d, w, q = hard, hard, q_hard
     if TAUGHT:
         lq = hard
         if SOFT:
-            lq = sharpness * x - tl.load(row_sums + 1, cache_modifier=".cg")
+            lq = sharpness * x - _await(row_sums + 1, UNSET)
             q = tl.exp(lq)
-        d, w = _terms(lq, q, y - tl.load(row_sums + 2, cache_modifier=".cg"), beta, log_beta, log_rest, KIND)
+        d, w = _terms(lq, q, y - _await(row_sums + 2, UNSET), beta, log_beta, log_rest, KIND)
     return hard, q_hard, d, w, q
 
 
 @triton.jit
-def _share(tile_sum, sums, part, total, arrived, others, PARTS: tl.constexpr, FIELDS: tl.constexpr):
-    """Publish a tile's sum; the last program of the row, which finds `others` before it, stores that of all tiles."""
-    tl.store(sums + part * FIELDS, tile_sum)
-    if _arrive(arrived) == others:
-        lanes = tl.arange(0, triton.next_power_of_2(PARTS))
-        tl.store(total, tl.sum(tl.load(sums + lanes * FIELDS, mask=lanes < PARTS, other=0.0, cache_modifier=".cg"), 0))
-        _arrive(arrived)
-
-
-@triton.jit
 def _write_gradient(
-    hard, q_hard, d, w, q, x, ids, keep, part, label, ce_w, kl_w, grad, ce_out, kl_out, sums, row_sums,
-    arrived, scale, cap, sharpness, KIND: tl.constexpr, TAUGHT: tl.constexpr, CAP: tl.constexpr,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr, STAGES: tl.constexpr,
+    hard, q_hard, d, w, q, x, ids, keep, part, label, ce_w, kl_w, grad, ce_out, sums, row_sums, scale, cap, sharpness,
+    KIND: tl.constexpr, TAUGHT: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr, UNSET: tl.constexpr,
 ):  # fmt: skip
-    """Of one tile, and the row's CE (where the label lies) and divergence (the last program)."""
+    """Of one tile; its sum of d; and where the label lies the row's CE."""
     counts = (label >= 0) & (ce_w != 0)
     own = ids == label
     if part == tl.where(counts, label // BLOCK, 0):
         tl.store(ce_out, tl.where(counts, -tl.sum(tl.where(own, hard, 0.0), 0), 0.0))
     g = tl.where(counts, ce_w, 0.0) * (q_hard - tl.where(own, 1.0, 0.0))
     if TAUGHT:
-        d_sum = tl.where(kl_w != 0, tl.sum(tl.where(keep, d, 0.0), 0), 0.0)
-        _share(d_sum, sums + 7, part, kl_out, arrived, STAGES * PARTS + STAGES - 2, PARTS, FIELDS)
+        tl.store(sums + 7, tl.where(kl_w != 0, tl.sum(tl.where(keep, d, 0.0), 0), 0.0))
         slope = -1.0  # forward KL: the teacher's probabilities sum to one
         if KIND != 0:
-            slope = tl.load(row_sums + 3, cache_modifier=".cg")
+            slope = _await(row_sums + 3, UNSET)
         g += kl_w * sharpness * (w - q * slope)
     g *= scale
     if CAP:
@@ -159,22 +150,22 @@ def _write_gradient(
 
 @triton.jit
 def _rows_kernel(
-    logits, taught, grad, labels, ce_weight, kl_weight, ce_out, kl_out, sums, row_sums, arrived, rows,
+    logits, taught, grad, labels, ce_weight, kl_weight, ce_out, sums, row_sums, arrived, rows,
     stride, taught_stride, grad_stride, scale, cap, taught_scale, taught_cap, sharpness, beta, log_beta, log_rest,
     VOCAB: tl.constexpr, KIND: tl.constexpr, TAUGHT: tl.constexpr, SOFT: tl.constexpr, CAP: tl.constexpr,
     TAUGHT_CAP: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr, GROUP: tl.constexpr,
-    STAGES: tl.constexpr,
+    LAG: tl.constexpr, STAGES: tl.constexpr, UNSET: tl.constexpr,
 ):  # fmt: skip
     """Stages: log-sum-exps; sum w where it is not known (KIND > 0); the gradient.
 
     `sums` [rows, PARTS, FIELDS]: maximum and sum of a tile of the student's logits, of its softened ones, of the
-    teacher's; sum w; sum d. `row_sums` [rows, 4]: log-sum-exps of the three; sum w. `arrived` [rows]: programs done, and
-    one more a stage once the row's own sums stand.
+    teacher's; sum w; sum d. `row_sums` [rows, 4]: log-sum-exps of the three, sum w; UNSET until they are known.
+    `arrived` [rows]: programs that have published.
     """
     program = tl.program_id(0)
     slot, place = program // (GROUP * PARTS), program % (GROUP * PARTS)
     stage = slot % STAGES
-    row, part = ((slot // STAGES - stage) * GROUP + place // PARTS).to(tl.int64), place % PARTS
+    row, part = ((slot // STAGES - stage * LAG) * GROUP + place // PARTS).to(tl.int64), place % PARTS
     if (row >= 0) & (row < rows):
         ids = part * BLOCK + tl.arange(0, BLOCK)
         keep = ids < VOCAB
@@ -189,18 +180,20 @@ def _rows_kernel(
         if stage == 0:
             _add_up(x, y, keep, sums, part, row_sums, arrived, sharpness, TAUGHT, SOFT, PARTS, FIELDS)
         else:
-            _wait(arrived, (PARTS + 1) * stage)
             hard, q_hard, d, w, q = _compare(
-                x, y, row_sums, sharpness, beta, log_beta, log_rest, KIND, TAUGHT, SOFT
+                x, y, row_sums, sharpness, beta, log_beta, log_rest, KIND, TAUGHT, SOFT, UNSET
             )  # fmt: skip
             if stage < STAGES - 1:
-                w_sum = tl.sum(tl.where(keep, w, 0.0), 0)
-                _share(w_sum, sums + 6, part, row_sums + 3, arrived, 2 * PARTS, PARTS, FIELDS)
+                tl.store(sums + part * FIELDS + 6, tl.sum(tl.where(keep, w, 0.0), 0))
+                if _arrive(arrived) == 2 * PARTS - 1:
+                    lanes = tl.arange(0, triton.next_power_of_2(PARTS))
+                    all_w = tl.load(sums + lanes * FIELDS + 6, mask=lanes < PARTS, other=0.0, cache_modifier=".cg")
+                    tl.store(row_sums + 3, tl.sum(all_w, 0))
             else:
                 _write_gradient(
                     hard, q_hard, d, w, q, x, ids, keep, part, tl.load(labels + row), tl.load(ce_weight + row),
-                    tl.load(kl_weight + row), grad + row * grad_stride, ce_out + row, kl_out + row, sums, row_sums,
-                    arrived, scale, cap, sharpness, KIND, TAUGHT, CAP, BLOCK, PARTS, FIELDS, STAGES,
+                    tl.load(kl_weight + row), grad + row * grad_stride, ce_out + row, sums + part * FIELDS, row_sums,
+                    scale, cap, sharpness, KIND, TAUGHT, CAP, BLOCK, UNSET,
                 )  # fmt: skip
 
 
@@ -221,17 +214,17 @@ def score_triton(
     rows, vocab = logits.shape
     block = min(_BLOCK, triton.next_power_of_2(vocab))
     parts, stages = triton.cdiv(vocab, block), 2 if taught is None or divergence == "forward_kl" else 3
-    sums, row_sums = logits.new_empty(rows, parts, _FIELDS), logits.new_empty(rows, 4)
+    sums, row_sums = logits.new_empty(rows, parts, _FIELDS), logits.new_full((rows, 4), _UNSET)
     arrived = torch.zeros(rows, dtype=torch.int32, device=logits.device)
-    ce, kl = torch.empty_like(ce_weight), torch.zeros_like(kl_weight)
+    ce = torch.empty_like(ce_weight)
     mix = (beta, math.log(beta), math.log1p(-beta)) if divergence in ("jsd", "skewed_kl") else (0.0, 0.0, 0.0)
     with torch.cuda.device_of(logits):
-        _rows_kernel[((triton.cdiv(rows, _GROUP) + stages - 1) * stages * _GROUP * parts,)](
-            logits, logits if taught is None else taught, out, labels, ce_weight, kl_weight, ce, kl, sums, row_sums,
-            arrived, rows, logits.stride(0), 0 if taught is None else taught.stride(0), out.stride(0),
+        _rows_kernel[((triton.cdiv(rows, _GROUP) + (stages - 1) * _LAG) * stages * _GROUP * parts,)](
+            logits, logits if taught is None else taught, out, labels, ce_weight, kl_weight, ce, sums, row_sums, arrived,
+             rows, logits.stride(0), 0 if taught is None else taught.stride(0), out.stride(0),
             *map(float, (*student, *teacher)), 1 / temperature, *mix,
             VOCAB=vocab, KIND=_KINDS[divergence], TAUGHT=taught is not None, SOFT=temperature != 1,
             CAP=bool(student.cap), TAUGHT_CAP=bool(teacher.cap), BLOCK=block, PARTS=parts, FIELDS=_FIELDS,
-            GROUP=_GROUP, STAGES=stages, num_warps=_WARPS,
+            GROUP=_GROUP, LAG=_LAG, STAGES=stages, UNSET=_UNSET, num_warps=_WARPS,
         )  # fmt: skip
-    return ce, kl
+    return ce, torch.zeros_like(kl_weight) if taught is None else sums[..., 7].sum(1)
