@@ -1,59 +1,56 @@
-"""Block, warps and chunk of the loss's kernel: what `_BLOCK`, `_WARPS` and `CHUNK_BYTES` were chosen from.
+"""Tile, warps and order of the loss's kernel, and its chunks: what the constants of ops/rows.py and losses/rows.py are from.
 
     python benchmarks/losses_tuning.py --out benchmarks/results/losses_tuning.json     # on a GPU
 
-The logits of a row are 608 kB, so no block holds one.
+The kernel alone runs at another clock than between the products, so every line is CE + KL as a whole, its contenders in
+turns, median over the turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
-
-import torch
 
 from llavakd.losses import rows
 from llavakd.ops import rows as kernels
 from losses import PAIRS, draw, environment, floor, measure, ours
 
-VOCABULARY, ROWS = 151936, 768
-SHAPES = [(8192, 16), (4096, 8), (4096, 16), (8192, 8), (8192, 32), (16384, 16), (16384, 32), (2048, 8), (2048, 4)]
-SHAPES += [(32768, 32)]
-CHUNKS = (0.25, 0.375, 0.5, 0.75, 0.9, 1.0)
+VOCABULARY, TURNS = 151936, 3
+CHOSEN = (1024, 1, 8, 1)  # tile, warps, rows of a group, groups between two stages
+SHAPES = [CHOSEN, (1024, 1, 8, 2), (1024, 1, 4, 4), (1024, 1, 16, 1), (512, 1, 8, 2), (1024, 2, 8, 1), (2048, 4, 8, 1)]
+CHUNKS = [(3, 512), (1, 768), (2, 640), (4, 512), (2, 768)]  # chunks whose gradients share a product, rows of a chunk
 
 
-def kernel_times() -> list[dict]:
-    """Milliseconds of the kernel alone over 768 rows by block and warps."""
-    logits, taught = (torch.randn(ROWS, VOCABULARY, device="cuda") for _ in range(2))
-    labels = torch.randint(VOCABULARY, (ROWS,), device="cuda")
-    weight = torch.ones(ROWS, device="cuda")
-    how = rows.Scoring("forward_kl", 0.5, 1.0, (rows.LogitForm(), rows.LogitForm()), torch.bfloat16)
-    found = []
-    for block, warps in SHAPES:
-        kernels._BLOCK, kernels._WARPS = block, warps
-        used = logits.clone()
-        ms, _ = measure(lambda used=used: kernels.score_triton(used, taught, labels, weight, weight, how), "cuda", 10)
-        found.append({"block": block, "warps": warps, "ms": ms})
-    return found
+def times(images: int) -> list[dict]:
+    """One line a setting: milliseconds of CE + KL, the floor's, and GiB beyond the gradients."""
+    given = draw(images, PAIRS["qwen2.5 3b to 0.5b"], VOCABULARY, "cuda")
 
+    def step() -> None:
+        given["student_hidden"].grad = given["student_head"].grad = None
+        ours(given, images, relation=False).backward()
 
-def chunk_times() -> list[dict]:
-    """The whole loss with the relation by GiB of logits at once: milliseconds, the floor's, and GiB at the peak."""
-    found = []
-    for images in (16, 2):
-        given = draw(images, next(iter(PAIRS.values())), VOCABULARY, "cuda")
-        least, _ = measure(lambda given=given: floor(given), "cuda", 5)
-        for chunk in CHUNKS:
-            rows.CHUNK_BYTES["cuda"] = int(chunk * 2**30)
-
-            def step(given: dict = given, images: int = images) -> None:
-                given["student_hidden"].grad = given["student_head"].grad = None
-                ours(given, images).backward()
-
-            ms, peak = measure(step, "cuda", 5)
-            found.append({"images": images, "chunk": chunk, "ms": ms, "floor": least, "peak": peak})
-    return found
+    settings = [(shape, CHUNKS[0]) for shape in SHAPES] + [(CHOSEN, chunks) for chunks in CHUNKS[1:]]
+    found: dict = {setting: [] for setting in settings}
+    floors = []
+    for _ in range(TURNS):
+        floors.append(measure(lambda: floor(given), "cuda", 5)[0])
+        for shape, (together, count) in settings:
+            kernels._BLOCK, kernels._WARPS, kernels._GROUP, kernels._LAG = shape
+            rows.GRADIENT_CHUNKS, rows.CHUNK_BYTES["cuda"] = together, count * VOCABULARY * (8 + 2 * together)
+            rows._TILE = 128
+            found[shape, (together, count)].append(measure(step, "cuda", 5))
+    names = ("tile", "warps", "group", "lag", "gradient_chunks", "chunk_rows")
+    return [
+        {
+            "rows": len(given["labels"]),
+            **dict(zip(names, (*shape, *chunks), strict=True)),
+            "floor": statistics.median(floors),
+        }
+        | {"ms": statistics.median(ms for ms, _ in lines), "extra_gib": lines[0][1]}
+        for (shape, chunks), lines in found.items()
+    ]
 
 
 def main() -> None:
@@ -61,10 +58,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    told = {"environment": environment("cuda"), "kernel": kernel_times()}
-    best = min(told["kernel"], key=lambda line: line["ms"])
-    kernels._BLOCK, kernels._WARPS = best["block"], best["warps"]
-    options.out.write_text(json.dumps(told | {"chunk": chunk_times()}, indent=1) + "\n", encoding="utf-8")
+    told = {"environment": environment("cuda"), "settings": times(16) + times(2)}
+    options.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from llavakd.config import Recipe, StageConfig, resolve_paths
 from llavakd.data.chat import ChatRenderer, Segment
 from llavakd.data.samples import IMAGE_TAG, load_samples
 from llavakd.errors import UserError, nearest
-from llavakd.losses.rows import CHUNK_BYTES
+from llavakd.losses.rows import GRADIENT_CHUNKS, rows_at_once
 from llavakd.models.student import VisionLanguageModel, final_hidden, load_for, student_config, vision_features
 from llavakd.models.teacher import DTYPES
 from llavakd.train.loop import shard_of, total_steps
@@ -176,8 +176,10 @@ class StageCost:
         copies = sum(_linear_flops(parts[part]) for part in self.stage.train) * (checkpointing and bf16)
         visual = tokens.most_pictures * self.student.tokens_per_image
         live = micro * self._live(visual, (tokens.longest - visual) * tokens.response / tokens.text)
-        # Logits of a chunk, the head in two bytes, its gradient, and the gradient to the rows.
-        chunk = 4 * width * min(live, CHUNK_BYTES["cuda"] // (8 * width)) * (2 if self.teacher else 1)
+        # Logits of a chunk, gradients kept of some, the head in two bytes, its gradient, and the gradient to the rows.
+        at_once = rows_at_once(width, 2 if bf16 else 4, "cuda")
+        chunk = 4 * width * min(live, at_once) * (2 if self.teacher else 1)
+        chunk += (2 if bf16 else 4) * width * min(live, GRADIENT_CHUNKS * at_once)
         loss = chunk + 2 * width * head.shape[1] * bf16 + head.nbytes * head.requires_grad + 8 * live * head.shape[1]
         theirs = 0
         if self.teacher:

@@ -8,14 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llavakd.losses.rows import (
-    RowLosses,
-    at,
-    cross_entropy_with_gradient,
-    exact_dtype,
-    live_rows,
-    score_rows,
-)
+from llavakd.losses.products import exact_dtype
+from llavakd.losses.rows import RowLosses, at, cross_entropy_with_gradient, live_rows, score_rows
 
 
 def distill_rows_topk(

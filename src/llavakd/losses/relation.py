@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from llavakd.losses.rows import operand_dtype, precise_product, product, refuse_second_derivatives, shared_width
+from llavakd.losses.products import operand_dtype, precise_product, product
+from llavakd.losses.rows import refuse_second_derivatives, shared_width
 
 
 def relation_distance(

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llavakd.losses.divergence import DIVERGENCES, resolve
+from llavakd.losses.products import accumulate, exact_dtype, gradient_dtype, operand_dtype, product
 
 IGNORE_INDEX = -100
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 17 * 2**26}  # logits of one chunk, both models, and the gradients kept of some
 GRADIENT_CHUNKS = 3  # whose gradients go into one product: each adds to the whole head's gradient
 _TILE = 256  # rows of a product's tile on a Hopper GPU
-_LOW = (torch.bfloat16, torch.float16)
 # (student logits, which live rows, labels, ce weight, kl weight, where the gradient goes) -> (CE, divergence)
 Score = Callable[[Tensor, slice, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -160,7 +160,8 @@ def score_rows(
 ) -> RowLosses:
     """The chunked pass over live rows with any `score`; arguments as `distill_rows`."""
     if chunk_rows is None:
-        chunk_rows = rows_at_once(student_hidden, vocab_size)
+        size = gradient_dtype(operand_dtype(student_hidden)).itemsize
+        chunk_rows = rows_at_once(vocab_size, size, student_hidden.device.type)
     sweep = _Sweep(labels, live, score, vocab_size, chunk_rows)
     return RowLosses(*_ScoreRows.apply(student_hidden, student_head, ce_weight, kl_weight, sweep))
 
@@ -205,7 +206,7 @@ class _Sweep(NamedTuple):
             if grad_hidden is not None:
                 grad_hidden[block] = product(grad, weight_again)
             if grad_head is not None:
-                _accumulate(grad_head[: self.vocab_size], grad.T, hidden[block].to(narrow))
+                accumulate(grad_head[: self.vocab_size], grad.T, hidden[block].to(narrow))
         if grad_hidden is not None:
             grad_hidden = _spread(grad_hidden, self.live, total)
         return _spread(ce_rows, self.live, total), _spread(kl_rows, self.live, total), grad_hidden, grad_head
@@ -302,71 +303,11 @@ def form_logits(raw: Tensor, form: LogitForm) -> tuple[Tensor, Tensor | float | 
     return bent * form.cap, form.scale * (1 - bent.square())
 
 
-def rows_at_once(hidden: Tensor, vocab_size: int) -> int:
+def rows_at_once(vocab_size: int, gradient_bytes: int, device: str) -> int:
     """Rows a chunk such that logits and kept gradients keep to CHUNK_BYTES; whole tiles of a matrix product."""
-    row = vocab_size * (8 + GRADIENT_CHUNKS * gradient_dtype(operand_dtype(hidden)).itemsize)
-    rows = max(1, CHUNK_BYTES.get(hidden.device.type, 2**26) // row)
+    row = vocab_size * (8 + GRADIENT_CHUNKS * gradient_bytes)
+    rows = max(1, CHUNK_BYTES.get(device, 2**26) // row)
     return rows - rows % _TILE if rows > _TILE else rows
-
-
-def operand_dtype(hidden: Tensor) -> torch.dtype:
-    """In what the products are taken: float32 on a CPU, on a GPU the autocast type or the hidden states' own."""
-    if hidden.dtype == torch.float64 or not hidden.is_cuda:
-        return exact_dtype(hidden)
-    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else hidden.dtype
-
-
-def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In what the gradient to the logits is rounded: a weight of 1 / tokens takes it below float16's range."""
-    return torch.bfloat16 if dtype == torch.float16 else dtype
-
-
-def exact_dtype(hidden: Tensor) -> torch.dtype:
-    """In what softmax, divergence and sums are taken."""
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """[n, k] @ [k, m] with a float32 result (float64 for float64): half-precision logits would drown a small KL."""
-    with torch.autocast(left.device.type, enabled=False):
-        if left.dtype in _LOW and left.is_cuda:
-            return torch.mm(left, right, out_dtype=torch.float32)
-        return left @ right
-
-
-def precise_product(left: Tensor, right: Tensor) -> Tensor:
-    """[..., n, k] @ [..., k, m] to float32 rounding; on a GPU as sums of bfloat16 products, which tensor cores take.
-
-    A float32 number is a sum of three bfloat16 ones; products of parts below the last bit are left out (arXiv 1904.06376).
-    """
-    if not left.is_cuda or torch.float64 in (left.dtype, right.dtype):
-        exact = torch.promote_types(torch.float32, torch.promote_types(left.dtype, right.dtype))
-        return left.to(exact) @ right.to(exact)
-    lefts, rights = _parts(left), _parts(right)
-    pairs = [(one, other) for i, one in enumerate(lefts) for other in rights[: 3 - i]]
-    multiply, add = (torch.mm, torch.addmm) if left.dim() == 2 else (torch.bmm, torch.baddbmm)
-    result = multiply(*pairs[-1], out_dtype=torch.float32)
-    for pair in pairs[-2::-1]:
-        add(result, *pair, out_dtype=torch.float32, out=result)
-    return result
-
-
-def _parts(values: Tensor) -> list[Tensor]:
-    """bfloat16 tensors that sum up to `values`, largest first."""
-    if values.dtype == torch.bfloat16:
-        return [values]
-    first = values.bfloat16()
-    second = values - first
-    return [first, second.bfloat16(), (second - second.bfloat16()).bfloat16()]
-
-
-def _accumulate(target: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to target, in its precision and inside the product."""
-    with torch.autocast(left.device.type, enabled=False):
-        if left.dtype in _LOW and left.is_cuda:
-            torch.addmm(target, left, right, out_dtype=torch.float32, out=target)
-        else:
-            torch.addmm(target, left, right, out=target)
 
 
 def _scale(grad: Tensor | None, factor: Tensor, like: Tensor) -> Tensor | None:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 _KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "skewed_kl": 3, "total_variation": 4}
-_BLOCK, _WARPS, _GROUP, _LAG = 1024, 1, 8, 2  # benchmarks/results/losses_tuning.json
+_BLOCK, _WARPS, _GROUP, _LAG = 1024, 1, 8, 1  # benchmarks/results/losses_tuning.json
 _FIELDS = 8
 _UNSET = -3e38  # no log-sum-exp
 
@@ -221,7 +221,7 @@ def score_triton(
     with torch.cuda.device_of(logits):
         _rows_kernel[((triton.cdiv(rows, _GROUP) + (stages - 1) * _LAG) * stages * _GROUP * parts,)](
             logits, logits if taught is None else taught, out, labels, ce_weight, kl_weight, ce, sums, row_sums, arrived,
-             rows, logits.stride(0), 0 if taught is None else taught.stride(0), out.stride(0),
+            rows, logits.stride(0), 0 if taught is None else taught.stride(0), out.stride(0),
             *map(float, (*student, *teacher)), 1 / temperature, *mix,
             VOCAB=vocab, KIND=_KINDS[divergence], TAUGHT=taught is not None, SOFT=temperature != 1,
             CAP=bool(student.cap), TAUGHT_CAP=bool(teacher.cap), BLOCK=block, PARTS=parts, FIELDS=_FIELDS,
