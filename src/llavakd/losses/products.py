@@ -59,10 +59,10 @@ def parts_of(values: Tensor) -> list[Tensor]:
     return [first, second.bfloat16(), (second - second.bfloat16()).bfloat16()]
 
 
-def accumulate(target: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to target, in its precision and inside the product."""
+def accumulate(target: Tensor, left: Tensor, right: Tensor, *, onto: bool) -> None:
+    """Add left @ right to target (write it there unless `onto`), in its precision and inside the product."""
     with torch.autocast(left.device.type, enabled=False):
         if left.dtype in _LOW and left.is_cuda:
-            torch.addmm(target, left, right, out_dtype=torch.float32, out=target)
+            torch.addmm(target, left, right, out_dtype=torch.float32, beta=int(onto), out=target)
         else:
-            torch.addmm(target, left, right, out=target)
+            torch.addmm(target, left, right, beta=int(onto), out=target)

@@ -189,7 +189,9 @@ class _Sweep(NamedTuple):
         )
         ce_rows, kl_rows = hidden.new_zeros(2, count, dtype=exact)
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-        grad_head = torch.zeros(head.shape, dtype=exact, device=head.device) if wanted[1] else None
+        grad_head = torch.empty(head.shape, dtype=exact, device=head.device) if wanted[1] else None
+        if grad_head is not None:
+            grad_head[self.vocab_size if count else 0 :] = 0
         together = GRADIENT_CHUNKS * self.chunk_rows
         grads = torch.empty(min(count, together), self.vocab_size, dtype=narrow, device=head.device)
         for first in range(0, count, together):
@@ -206,7 +208,7 @@ class _Sweep(NamedTuple):
             if grad_hidden is not None:
                 grad_hidden[block] = product(grad, weight_again)
             if grad_head is not None:
-                accumulate(grad_head[: self.vocab_size], grad.T, hidden[block].to(narrow))
+                accumulate(grad_head[: self.vocab_size], grad.T, hidden[block].to(narrow), onto=first > 0)
         if grad_hidden is not None:
             grad_hidden = _spread(grad_hidden, self.live, total)
         return _spread(ce_rows, self.live, total), _spread(kl_rows, self.live, total), grad_hidden, grad_head
@@ -247,8 +249,7 @@ class _ScoreRows(torch.autograd.Function):
         refuse_second_derivatives()
         kept, ctx.grads = ctx.grads, None
         if kept is not None and grad_ce is not None and grad_kl is not None and _one_tensor(grad_ce, grad_kl):
-            tensors = ctx.saved_tensors[:2]
-            scaled = [_scale(grad, grad_ce, like) for grad, like in zip(kept, tensors, strict=True)]
+            scaled = [None if grad is None else grad.mul_(grad_ce) for grad in kept]
         else:
             del kept
             hidden, head, ce_weight, kl_weight = ctx.saved_tensors
@@ -308,11 +309,6 @@ def rows_at_once(vocab_size: int, gradient_bytes: int, device: str) -> int:
     row = vocab_size * (8 + GRADIENT_CHUNKS * gradient_bytes)
     rows = max(1, CHUNK_BYTES.get(device, 2**26) // row)
     return rows - rows % _TILE if rows > _TILE else rows
-
-
-def _scale(grad: Tensor | None, factor: Tensor, like: Tensor) -> Tensor | None:
-    """The gradient times a factor in the precision of `like`, in one pass."""
-    return None if grad is None else torch.mul(grad, factor, out=torch.empty_like(like))
 
 
 def refuse_second_derivatives() -> None:
