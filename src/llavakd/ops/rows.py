@@ -20,14 +20,17 @@ _KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "skewed_kl": 3, "total_var
 _BLOCK, _WARPS, _GROUP, _LAG = 1024, 1, 8, 1  # benchmarks/results/losses_tuning.json
 _FIELDS = 8
 _UNSET = -3e38  # no log-sum-exp
+_NOTHING = -1e30  # a logit whose exponential is zero, and finite so that zero times it is zero
 
 
 @triton.jit
-def _form(raw, scale, cap, CAP: tl.constexpr):
+def _form(raw, scale, cap, CAP: tl.constexpr, SCALED: tl.constexpr):
     if CAP:
         return cap * (2 * tl.sigmoid(2 * raw * scale / cap) - 1)  # tanh
-    else:
+    elif SCALED:
         return raw * scale
+    else:
+        return raw
 
 
 @triton.jit
@@ -53,9 +56,8 @@ def _terms(lq, q, lp, beta, log_beta, log_rest, KIND: tl.constexpr):
 
 
 @triton.jit
-def _publish(place, values, keep):
+def _publish(place, values):
     """Maximum and sum of exponentials of this tile."""
-    values = tl.where(keep, values, -float("inf"))
     top = tl.max(values, 0)
     tl.store(place, top)
     tl.store(place + 1, tl.sum(tl.exp(values - top), 0))
@@ -89,16 +91,16 @@ def _await(place, UNSET: tl.constexpr):
 
 @triton.jit
 def _add_up(
-    x, y, keep, sums, part, row_sums, arrived, sharpness,
+    x, y, sums, part, row_sums, arrived, sharpness,
     TAUGHT: tl.constexpr, SOFT: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
     """Publish a tile's sums; the last program of the row makes its log-sum-exps."""
     mine = sums + part * FIELDS
-    _publish(mine, x, keep)
+    _publish(mine, x)
     if SOFT:
-        _publish(mine + 2, sharpness * x, keep)
+        _publish(mine + 2, sharpness * x)
     if TAUGHT:
-        _publish(mine + 4, y, keep)
+        _publish(mine + 4, y)
     if _arrive(arrived) == PARTS - 1:
         tl.store(row_sums, _log_sum(sums, PARTS, FIELDS))
         if SOFT:
@@ -128,21 +130,29 @@ def _compare(
 @triton.jit
 def _write_gradient(
     hard, q_hard, d, w, q, x, ids, keep, part, label, ce_w, kl_w, grad, ce_out, sums, row_sums, scale, cap, sharpness,
-    KIND: tl.constexpr, TAUGHT: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr, UNSET: tl.constexpr,
+    KIND: tl.constexpr, TAUGHT: tl.constexpr, SOFT: tl.constexpr, CAP: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK: tl.constexpr, UNSET: tl.constexpr,
 ):  # fmt: skip
     """Of one tile; its sum of d; and where the label lies the row's CE."""
     counts = (label >= 0) & (ce_w != 0)
-    own = ids == label
-    if part == tl.where(counts, label // BLOCK, 0):
-        tl.store(ce_out, tl.where(counts, -tl.sum(tl.where(own, hard, 0.0), 0), 0.0))
-    g = tl.where(counts, ce_w, 0.0) * (q_hard - tl.where(own, 1.0, 0.0))
+    ce_w = tl.where(counts, ce_w, 0.0)
     if TAUGHT:
-        tl.store(sums + 7, tl.where(kl_w != 0, tl.sum(tl.where(keep, d, 0.0), 0), 0.0))
-        slope = -1.0  # forward KL: the teacher's probabilities sum to one
-        if KIND != 0:
-            slope = _await(row_sums + 3, UNSET)
-        g += kl_w * sharpness * (w - q * slope)
-    g *= scale
+        tl.store(sums + 7, tl.where(kl_w != 0, tl.sum(d, 0), 0.0))
+    if KIND == 0 and TAUGHT and not SOFT:  # the teacher's probabilities sum to one
+        g = (ce_w + kl_w) * q_hard + kl_w * w
+    else:
+        g = ce_w * q_hard
+        if TAUGHT:
+            slope = -1.0
+            if KIND != 0:
+                slope = _await(row_sums + 3, UNSET)
+            g += kl_w * sharpness * (w - q * slope)
+    if part == tl.where(counts, label // BLOCK, 0):
+        own = ids == label
+        g -= tl.where(own, ce_w, 0.0)
+        tl.store(ce_out, tl.where(counts, -tl.sum(tl.where(own, hard, 0.0), 0), 0.0))
+    if SCALED:
+        g *= scale
     if CAP:
         g *= 1 - (x / cap) * (x / cap)
     tl.store(grad + ids, g.to(grad.dtype.element_ty), mask=keep)
@@ -153,8 +163,8 @@ def _rows_kernel(
     logits, taught, grad, labels, ce_weight, kl_weight, ce_out, sums, row_sums, arrived, rows,
     stride, taught_stride, grad_stride, scale, cap, taught_scale, taught_cap, sharpness, beta, log_beta, log_rest,
     VOCAB: tl.constexpr, KIND: tl.constexpr, TAUGHT: tl.constexpr, SOFT: tl.constexpr, CAP: tl.constexpr,
-    TAUGHT_CAP: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr, GROUP: tl.constexpr,
-    LAG: tl.constexpr, STAGES: tl.constexpr, UNSET: tl.constexpr,
+    TAUGHT_CAP: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr, GROUP: tl.constexpr,
+    LAG: tl.constexpr, STAGES: tl.constexpr, UNSET: tl.constexpr, NOTHING: tl.constexpr,
 ):  # fmt: skip
     """Stages: log-sum-exps; sum w where it is not known (KIND > 0); the gradient.
 
@@ -169,22 +179,27 @@ def _rows_kernel(
     if (row >= 0) & (row < rows):
         ids = part * BLOCK + tl.arange(0, BLOCK)
         keep = ids < VOCAB
-        x = _form(tl.load(logits + row * stride + ids, mask=keep, other=0.0), scale, cap, CAP)
+        x = _form(tl.load(logits + row * stride + ids, mask=keep, other=0.0), scale, cap, CAP, SCALED)
         y = x
         if TAUGHT:
             raw = tl.load(taught + row * taught_stride + ids, mask=keep, other=0.0)
-            y = sharpness * _form(raw, taught_scale, taught_cap, TAUGHT_CAP)
+            y = _form(raw, taught_scale, taught_cap, TAUGHT_CAP, SCALED)
+            if SOFT:
+                y *= sharpness
+        if part == PARTS - 1:  # beyond the vocabulary: probabilities of zero, with which no sum needs a mask
+            x = tl.where(keep, x, NOTHING)
+            y = tl.where(keep, y, NOTHING)
         sums += row * PARTS * FIELDS
         row_sums += row * 4
         arrived += row
         if stage == 0:
-            _add_up(x, y, keep, sums, part, row_sums, arrived, sharpness, TAUGHT, SOFT, PARTS, FIELDS)
+            _add_up(x, y, sums, part, row_sums, arrived, sharpness, TAUGHT, SOFT, PARTS, FIELDS)
         else:
             hard, q_hard, d, w, q = _compare(
                 x, y, row_sums, sharpness, beta, log_beta, log_rest, KIND, TAUGHT, SOFT, UNSET
             )  # fmt: skip
             if stage < STAGES - 1:
-                tl.store(sums + part * FIELDS + 6, tl.sum(tl.where(keep, w, 0.0), 0))
+                tl.store(sums + part * FIELDS + 6, tl.sum(w, 0))
                 if _arrive(arrived) == 2 * PARTS - 1:
                     lanes = tl.arange(0, triton.next_power_of_2(PARTS))
                     all_w = tl.load(sums + lanes * FIELDS + 6, mask=lanes < PARTS, other=0.0, cache_modifier=".cg")
@@ -193,7 +208,7 @@ def _rows_kernel(
                 _write_gradient(
                     hard, q_hard, d, w, q, x, ids, keep, part, tl.load(labels + row), tl.load(ce_weight + row),
                     tl.load(kl_weight + row), grad + row * grad_stride, ce_out + row, sums + part * FIELDS, row_sums,
-                    scale, cap, sharpness, KIND, TAUGHT, CAP, BLOCK, UNSET,
+                    scale, cap, sharpness, KIND, TAUGHT, SOFT, CAP, SCALED, BLOCK, UNSET,
                 )  # fmt: skip
 
 
@@ -224,7 +239,9 @@ def score_triton(
             rows, logits.stride(0), 0 if taught is None else taught.stride(0), out.stride(0),
             *map(float, (*student, *teacher)), 1 / temperature, *mix,
             VOCAB=vocab, KIND=_KINDS[divergence], TAUGHT=taught is not None, SOFT=temperature != 1,
-            CAP=bool(student.cap), TAUGHT_CAP=bool(teacher.cap), BLOCK=block, PARTS=parts, FIELDS=_FIELDS,
-            GROUP=_GROUP, LAG=_LAG, STAGES=stages, UNSET=_UNSET, num_warps=_WARPS,
+            CAP=bool(student.cap), TAUGHT_CAP=bool(teacher.cap),
+            SCALED=(student.scale, teacher.scale) != (1, 1), BLOCK=block, PARTS=parts, FIELDS=_FIELDS,
+            GROUP=_GROUP, LAG=_LAG, STAGES=stages, UNSET=_UNSET, NOTHING=_NOTHING,
+            num_warps=_WARPS,
         )  # fmt: skip
     return ce, torch.zeros_like(kl_weight) if taught is None else sums[..., 7].sum(1)
