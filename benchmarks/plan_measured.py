@@ -39,12 +39,15 @@ CASES = [  # recipe, stage, rows on the GPU, gradient checkpointing
 ]
 
 
-def product_flops(onto: list[int], left: list[int], right: list[int], *_: Any, **__: Any) -> int:
-    """Of addmm and baddbmm; torch's own count fails where they are told an `out_dtype`."""
+def product_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
+    """Of mm, bmm, addmm and baddbmm; torch's own count fails where they are told an `out_dtype`."""
+    *_, left, right = [shape for shape in shapes if isinstance(shape, torch.Size | list | tuple)]
     return 2 * math.prod(left) * right[-1]
 
 
-PRODUCTS = {torch.ops.aten.addmm: product_flops, torch.ops.aten.baddbmm: product_flops}
+PRODUCTS = dict.fromkeys(
+    (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.baddbmm), product_flops
+)
 
 
 def one_stage(folder: Path, name: str, stage: str, rows: int, checkpointing: bool) -> Recipe:

@@ -21,6 +21,8 @@ import yaml
 if not torch.cuda.is_available():  # kernels run in Triton's interpreter, which must be chosen before triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "shapes"))  # where make_parts.py is
+
 ALL_LOSSES = {"ce": 1.0, "response_kl": 1.0, "visual_kl": 1.0, "relation": 0.5}
 
 
@@ -109,11 +111,11 @@ def _write_mixed(world: Path, path: Path) -> Path:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """The tiny world and its parts; nobody may change them."""
     import torch
+    from make_parts import write_parts
 
     from llavakd.config import StudentConfig
     from llavakd.models.student import build_student, save_model
     from llavakd.shapes import write_world
-    from llavakd.shapes.parts import write_parts
 
     torch.set_num_threads(1)  # threads that wait for each other on a busy machine take minutes over tiny models
     root = tmp_path_factory.mktemp("tiny")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -20,32 +19,22 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the run can go on
     """The person stopped a run; the message says how far it is saved and how to go on."""
 
 
-class Advance(Protocol):
-    """Moves a bar to `done` and shows `note` beside it."""
-
-    def __call__(self, done: int, note: str = "") -> None:
-        """Show it."""
-
-
 def say(text: str) -> None:
     """One line for the person who waits."""
     _console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
-def bar(label: str, total: int, *, shown: bool = True) -> Iterator[Advance]:
-    """Progress over `total` steps; `shown=False` (other processes of a run) keeps silent."""
+def bar(label: str, total: int, *, shown: bool = True) -> Iterator[Callable[..., None]]:
+    """Progress over `total` steps; `shown=False` (other processes of a run) keeps silent.
+
+    Yields `advance(done, note="")`, which moves the bar to `done` and shows `note` beside it.
+    """
     if not shown:
         yield lambda done, note="": None
     elif sys.stderr.isatty():
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        with Progress(*columns, console=_console) as progress:
+        counts = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress("{task.description}", *counts, "{task.fields[note]}", console=_console) as progress:
             task = progress.add_task(label, total=total, note="")
             yield lambda done, note="": progress.update(task, completed=done, note=note)
     else:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llavakd.config import Recipe, control_twin, load_recipe, resolve_paths
+from llavakd.config import control_twin, load_recipe, resolve_paths
 from llavakd.pipeline import draw_world, run_pipeline
 from llavakd.progress import say
 from llavakd.report import write_report
@@ -23,15 +23,10 @@ def run_quickstart(out: Path) -> dict[str, Any]:
     recipe = load_recipe(RECIPE)
     out.mkdir(parents=True, exist_ok=True)
     draw_world(recipe, out)
-    distilled = _on_shared_world(recipe, out)
+    distilled = dataclasses.replace(resolve_paths(recipe, out), world=None)  # both runs read OUT/world
     runs = {twin.name: twin for twin in (control_twin(distilled), distilled)}
     for name, twin in runs.items():
         say(f"== {name}: {', '.join(stage.name for stage in twin.stages)}")
         run_pipeline(twin, out / name)
     write_report([out / name for name in runs], out)
     return json.loads((out / "results.json").read_text(encoding="utf-8"))
-
-
-def _on_shared_world(recipe: Recipe, out: Path) -> Recipe:
-    """The same recipe reading OUT/world, which both runs share."""
-    return dataclasses.replace(resolve_paths(recipe, out), world=None)

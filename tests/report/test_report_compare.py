@@ -27,7 +27,6 @@ def test_paired_difference(make_run: Writer) -> None:
     assert gap.paired
     assert gap.value == pytest.approx(0.2)
     assert gap.half_width == pytest.approx(1.96 * math.sqrt(0.4 / 10))
-    assert not gap.seen
 
 
 @pytest.mark.parametrize("how", ["missing", "other ids", "stale"])

@@ -30,19 +30,28 @@ def evaluate_model(
     name: str,
 ) -> dict[str, Any]:
     """Answer, score and write FOLDER/NAME/predictions.jsonl and gram.npy; returns the scores of one results row."""
-    label = f"evaluate {name}"
-    answers = generate_answers(
-        model, samples, data, batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens, label=label
-    )
+    sizes: dict[str, Any] = {"batch_size": evaluation.batch_size, "max_new_tokens": evaluation.max_new_tokens}
+    answers = generate_answers(model, samples, data, **sizes, label=f"evaluate {name}")
     place = folder / name
     place.mkdir(parents=True, exist_ok=True)
     with (place / "predictions.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(_prediction(answer, data), ensure_ascii=False) + "\n" for answer in answers)
+        for answer in answers:
+            line = {
+                "id": answer.sample.id,
+                "type": answer.sample.type,
+                "images": _paths(answer.sample, data),
+                "question": answer.sample.turns[-2].text,
+                "truth": answer.truth,
+                "prediction": answer.prediction,
+                "correct": is_correct(answer.prediction, answer.truth),
+            }
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
     probe = next((sample for sample in samples if sample.images), None)
     if probe is not None:
         np.save(place / "gram.npy", probe_gram(model, probe, data))
-        shown = json.dumps({"id": probe.id, "images": _paths(probe, data)})
-        (folder / "probe.json").write_text(shown, encoding="utf-8")
+        (folder / "probe.json").write_text(
+            json.dumps({"id": probe.id, "images": _paths(probe, data)}), encoding="utf-8"
+        )
     return {"name": name, **score(answers), "parameters": sum(weight.numel() for weight in model.model.parameters())}
 
 
@@ -56,18 +65,6 @@ def probe_gram(model: VisionLanguageModel, sample: Sample, data: DataConfig) -> 
     pixels = load_pixels(data.images or "", sample.images, model.image_processor).to(device, model.model.dtype)
     hidden = final_hidden(model.model, ids, torch.ones_like(ids), visual, vision_features(model.model, pixels))
     return gram(hidden[visual][None, : model.tokens_per_image], model.head)[0].cpu().numpy()
-
-
-def _prediction(answer: Answer, data: DataConfig) -> dict[str, Any]:
-    return {
-        "id": answer.sample.id,
-        "type": answer.sample.type,
-        "images": _paths(answer.sample, data),
-        "question": answer.sample.turns[-2].text,
-        "truth": answer.truth,
-        "prediction": answer.prediction,
-        "correct": is_correct(answer.prediction, answer.truth),
-    }
 
 
 def _paths(sample: Sample, data: DataConfig) -> list[str]:

@@ -2,10 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from llavakd.config import DataConfig
 from llavakd.data.chat import ChatRenderer
@@ -54,31 +50,22 @@ def generate_answers(
     prompts = [renderer.render_prompt(sample) for sample in samples]
     order = sorted(range(len(samples)), key=lambda index: -len(prompts[index]))
     said: dict[int, str] = {}
-    training = model.model.training
+    training, device, tokenizer = model.model.training, model.model.device, model.tokenizer
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": renderer.end_token_id}
     model.model.eval()
     with bar(label, len(samples), shown=shown) as advance:
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
+            # Generation appends on the right, so prompts are padded on the left.
+            ids = {"input_ids": [prompts[index] for index in chunk]}
+            inputs = tokenizer.pad(ids, padding_side="left", return_attention_mask=True, return_tensors="pt").to(device)
             names = [name for index in chunk for name in samples[index].images]
-            pixels = load_pixels(data.images or "", names, model.image_processor) if names else None
-            ids = [prompts[index] for index in chunk]
-            texts = _answer_batch(model, ids, pixels, max_new_tokens=max_new_tokens, eos_token_id=renderer.end_token_id)
-            said |= zip(chunk, texts, strict=True)
+            if names:
+                pixels = load_pixels(data.images or "", names, model.image_processor)
+                inputs["pixel_values"] = pixels.to(device, model.model.dtype)
+            output = model.model.generate(**inputs, **ends, do_sample=False, max_new_tokens=max_new_tokens)
+            texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            said |= zip(chunk, (text.strip() for text in texts), strict=True)
             advance(len(said))
     model.model.train(training)
     return [Answer(sample=sample, prediction=said[index]) for index, sample in enumerate(samples)]
-
-
-@torch.no_grad()
-def _answer_batch(
-    model: VisionLanguageModel, prompts: Sequence[Sequence[int]], pixels: Tensor | None, **options: Any
-) -> list[str]:
-    device, pad = model.model.device, model.tokenizer.pad_token_id
-    length = max(map(len, prompts))
-    # Generation appends on the right, so prompts are padded on the left.
-    ids = torch.tensor([[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    if pixels is not None:
-        options["pixel_values"] = pixels.to(device, model.model.dtype)
-    output = model.model.generate(input_ids=ids, attention_mask=mask, do_sample=False, pad_token_id=pad, **options)
-    return [text.strip() for text in model.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)]

@@ -8,7 +8,6 @@ import numpy as np
 from llavakd.report.results import TEACHER, Results, Row
 
 Z95 = 1.96
-DISTILLING = ("dpt", "dft")
 
 
 class Difference(NamedTuple):
@@ -17,11 +16,6 @@ class Difference(NamedTuple):
     value: float
     half_width: float
     paired: bool
-
-    @property
-    def seen(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return abs(self.value) > self.half_width
 
 
 def half_width(accuracy: float, n: int) -> float:
@@ -59,7 +53,7 @@ def find_control(results: Results, row: Row) -> Row | None:
 
 
 def _distilling(row: Row) -> int:
-    return sum(stage in DISTILLING for stage in row.name.split("-"))
+    return sum(stage in ("dpt", "dft") for stage in row.name.split("-"))
 
 
 def headline(results: Results) -> str:
@@ -74,14 +68,15 @@ def headline(results: Results) -> str:
 
 
 def _sentence(results: Results, row: Row, control: Row) -> str:
-    gap = difference(row, control)
-    low, high = 100 * (gap.value - gap.half_width), 100 * (gap.value + gap.half_width)
-    seen = "Distillation helps here" if gap.value > 0 else "Distillation hurts here"
+    value, half, paired = difference(row, control)
+    verdict = "No difference seen"
+    if abs(value) > half:
+        verdict = f"Distillation {'helps' if value > 0 else 'hurts'} here"
     text = (
-        f"{seen if gap.seen else 'No difference seen'}: {results.label(row)} answers {100 * row.accuracy:.1f} % right "
-        f"and the control {results.label(control)} {100 * control.accuracy:.1f} %, a difference of "
-        f"{100 * gap.value:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}, "
-        f"{'paired by question' if gap.paired else 'not paired'})."
+        f"{verdict}: {results.label(row)} answers {100 * row.accuracy:.1f} % right and the control "
+        f"{results.label(control)} {100 * control.accuracy:.1f} %, a difference of {100 * value:+.1f} points "
+        f"(95 % interval {100 * (value - half):+.1f} to {100 * (value + half):+.1f}, "
+        f"{'paired by question' if paired else 'not paired'})."
     )
     steps = row.raw.get("steps"), control.raw.get("steps")
     if None not in steps and steps[0] != steps[1]:

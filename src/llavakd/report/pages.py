@@ -10,8 +10,6 @@ from llavakd.report import plots, tables
 from llavakd.report.compare import headline
 from llavakd.report.results import TEACHER, Results
 
-CASES = 12
-
 
 def markdown(results: Results) -> str:
     """Return the headline, the main table, accuracy by kind of question and what is left out."""
@@ -34,7 +32,7 @@ def _render(template: str, results: Results, **content: Any) -> str:
     return environment.get_template(template).render(content)
 
 
-def pick_cases(results: Results, limit: int = CASES) -> list[str]:
+def pick_cases(results: Results, limit: int = 12) -> list[str]:
     """Choose at most `limit` test questions, by id, that every model with kept answers has answered.
 
     Questions that some models get right and others wrong come first; within both groups the kinds of

@@ -56,8 +56,16 @@ def loss_curves(results: Results) -> dict[str, str]:
 def _loss_panel(results: Results, part: str) -> str:
     figure = Figure(figsize=(3.6, 2.3), layout="constrained")
     axes = figure.subplots()
-    seen = [v for run in results.runs for v in _draw_run(axes, run, part, run_colour(results, run))]
-    if seen and min(seen) > 0 and max(seen) > 30 * min(seen):
+    drawn: list[float] = []
+    for run in results.runs:
+        for first, lines in zip(_starts(run), run.stages.values(), strict=True):
+            points = [(first + line["step"], line[part]) for line in lines if line.get(part) is not None]
+            if points:
+                bins = np.array_split(np.asarray(points, dtype=float), min(len(points), MAX_POINTS))
+                steps, means = np.stack([chunk.mean(axis=0) for chunk in bins], axis=1)
+                axes.plot(steps, means, color=run_colour(results, run), linewidth=1.2, alpha=0.85)
+                drawn += means[np.isfinite(means)].tolist()
+    if drawn and min(drawn) > 0 and max(drawn) > 30 * min(drawn):
         axes.set_yscale("log")
         # The default writes powers as math text, which `text.parse_math` leaves as it stands.
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -65,19 +73,6 @@ def _loss_panel(results: Results, part: str) -> str:
     _mark_stages(axes, results.runs)
     axes.set_xlabel("step")
     return _svg(figure, f"loss-{part}")
-
-
-def _draw_run(axes: Axes, run: Run, part: str, line_colour: str) -> list[float]:
-    """Draw one run's line, broken between stages, and return the drawn values."""
-    drawn: list[float] = []
-    for first, lines in zip(_starts(run), run.stages.values(), strict=True):
-        points = [(first + line["step"], line[part]) for line in lines if line.get(part) is not None]
-        if points:
-            bins = np.array_split(np.asarray(points, dtype=float), min(len(points), MAX_POINTS))
-            steps, means = np.stack([chunk.mean(axis=0) for chunk in bins], axis=1)
-            axes.plot(steps, means, color=line_colour, linewidth=1.2, alpha=0.85)
-            drawn += means[np.isfinite(means)].tolist()
-    return drawn
 
 
 def _starts(run: Run) -> list[int]:
@@ -119,10 +114,9 @@ def kind_bars(results: Results) -> str | None:
     for line, name in enumerate(names):
         if name in guesses:
             axes.plot([100 * guesses[name]] * 2, [line - 0.45, line + 0.45], "k", gid=f"strong-majority-{line}")
-    axes.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 100), xlabel="accuracy %")
+    axes.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 100), xlabel="accuracy %", axisbelow=True)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color=NEUTRAL, alpha=0.3, linewidth=0.5)
-    axes.set_axisbelow(True)
     axes.invert_yaxis()
     return _svg(figure, "kinds")
 

@@ -75,7 +75,10 @@ def collect(runs: Sequence[Path]) -> Results:
     merged: dict[tuple[str, Any], tuple[Json, list[Path]]] = {}
     for folder in folders:
         data = _read_results(folder)
-        _merge_environment(environment, data.get("environment") or {})
+        for key, value in (data.get("environment") or {}).items():
+            if environment.setdefault(key, value) != value:  # listed, so that merging again changes nothing
+                old, new = (item if isinstance(item, list) else [item] for item in (environment[key], value))
+                environment[key] = old + [item for item in new if item not in old]
         for raw in data["rows"]:
             _merge_row(merged, raw, folder)
     notes: list[str] = []
@@ -95,9 +98,8 @@ def _read_results(folder: Path) -> Json:
         missing = [key for key in ("name", "accuracy", "n") if not isinstance(raw, dict) or raw.get(key) is None]
         if missing or raw["n"] < 1:
             problem = f"lacks {', '.join(missing)}" if missing else f"has n = {raw['n']}"
-            raise UserError(
-                f"{path}: row {index} {problem}, expected a name, an accuracy and n of 1 or more; evaluate it again"
-            )
+            needed = "expected a name, an accuracy and n of 1 or more; evaluate it again"
+            raise UserError(f"{path}: row {index} {problem}, {needed}")
     return data
 
 
@@ -133,14 +135,6 @@ def _read_lines(path: Path, required: Sequence[str]) -> list[Json]:
     return lines
 
 
-def _merge_environment(merged: Json, more: Json) -> None:
-    """Keep what agrees; make a list of what differs, so that merging again changes nothing."""
-    for key, value in more.items():
-        if merged.setdefault(key, value) != value:
-            old, new = (item if isinstance(item, list) else [item] for item in (merged[key], value))
-            merged[key] = old + [item for item in new if item not in old]
-
-
 def _merge_row(merged: dict[tuple[str, Any], tuple[Json, list[Path]]], raw: Json, folder: Path) -> None:
     for other, folders in merged.values():
         if raw == other or (raw["name"] == other["name"] == TEACHER and raw["accuracy"] == other["accuracy"]):
@@ -162,13 +156,12 @@ def _load_rows(merged: Iterable[tuple[Json, list[Path]]], notes: list[str]) -> t
     for raw, folders in merged:
         name = str(raw["name"])
         folder = next((f for f in folders if (f / "evaluation" / name).is_dir()), folders[0])
-        place = folder / "evaluation"
-        answers = _read_lines(place / name / "predictions.jsonl", ANSWER_KEYS)
+        kept = folder / "evaluation" / name
+        answers = _read_lines(kept / "predictions.jsonl", ANSWER_KEYS)
         if not answers:
             notes.append(f"{name}: no predictions, so it is not among the test pictures.")
-        matrix = place / name / "gram.npy"
-        gram = np.load(matrix) if matrix.is_file() else None
-        shown = _read_json(place / "probe.json", "images")
+        gram = np.load(kept / "gram.npy") if (kept / "gram.npy").is_file() else None
+        shown = _read_json(kept.parent / "probe.json", "images")
         if gram is None:
             notes.append(f"{name}: no Gram matrix of the probe picture.")
         elif probe is None:
@@ -176,18 +169,9 @@ def _load_rows(merged: Iterable[tuple[Json, list[Path]]], notes: list[str]) -> t
         elif shown is not None and shown.get("id") != probe.get("id"):
             notes.append(f"{name}: its Gram matrix is of another probe picture, so it is left out.")
             gram = None
-        rows.append(
-            Row(
-                name=name,
-                seed=raw.get("seed"),
-                accuracy=float(raw["accuracy"]),
-                n=int(raw["n"]),
-                raw=raw,
-                folder=folder,
-                predictions={str(line["id"]): line for line in answers},
-                gram=gram,
-            )
-        )
+        predictions = {str(line["id"]): line for line in answers}
+        scores: Json = {"seed": raw.get("seed"), "accuracy": float(raw["accuracy"]), "n": int(raw["n"])}
+        rows.append(Row(name=name, **scores, raw=raw, folder=folder, predictions=predictions, gram=gram))
     return rows, probe["images"] if probe else []
 
 
@@ -209,8 +193,8 @@ def _read_run(folder: Path, label: str, notes: list[str]) -> Run:
     lost = [name for name in names if name not in stages]
     if lost or not names:
         notes.append(f"{label}: no metrics of {', '.join(lost) or 'any stage'}.")
-    recipe = folder / "recipe.yaml"
-    text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
-    if text is None:
+    path = folder / "recipe.yaml"
+    recipe = path.read_text(encoding="utf-8") if path.is_file() else None
+    if recipe is None:
         notes.append(f"{label}: no recipe.yaml.")
-    return Run(folder=folder, label=label, stages=stages, recipe=text)
+    return Run(folder=folder, label=label, stages=stages, recipe=recipe)

@@ -12,45 +12,40 @@ INTERVAL_NOTE = "± is half of a 95 % interval. It covers the choice of test que
 
 def console_rows(results: Results) -> Table:
     """The main table: what each model answers right and how that differs from the control."""
-    header = ["model", "accuracy %", "questions", "steps", "seconds", "parameters", "difference to control"]
     rows = []
     for row in results.rows:
         accuracy = f"{100 * row.accuracy:.1f} ± {100 * half_width(row.accuracy, row.n):.1f}"
         costs = [_number(row.raw.get(key)) for key in ("steps", "train_seconds", "parameters")]
         rows.append([results.label(row), accuracy, _number(row.n), *costs, _difference(results, row)])
-    return header, rows
+    return ["model", "accuracy %", "questions", "steps", "seconds", "parameters", "difference to control"], rows
 
 
 def kind_rows(results: Results) -> Table:
     """Accuracy by kind of question, `all` last; no rows where no run recorded it."""
-    header = ["kind", "questions", "majority %", *(f"{results.label(row)} %" for row in results.rows)]
     counts, guesses = first_map(results, "n_by_type"), first_map(results, "majority_by_type")
-    right = [row.by_kind("by_type") for row in results.rows]
-    rows = [
-        [kind, _number(counts.get(kind)), _percent(guesses.get(kind)), *(_percent(got.get(kind)) for got in right)]
-        for kind in kinds(results)
-    ]
+    rows = []
+    for kind in kinds(results):
+        right = [_percent(row.by_kind("by_type").get(kind)) for row in results.rows]
+        rows.append([kind, _number(counts.get(kind)), _percent(guesses.get(kind)), *right])
     if rows:
-        overall = next((row.raw["majority"] for row in results.rows if row.raw.get("majority") is not None), None)
+        majority = next((row.raw["majority"] for row in results.rows if row.raw.get("majority") is not None), None)
         means = [_percent(row.accuracy) for row in results.rows]
-        rows.append(["all", _number(results.rows[0].n), _percent(overall), *means])
-    return header, rows
+        rows.append(["all", _number(results.rows[0].n), _percent(majority), *means])
+    return ["kind", "questions", "majority %", *(f"{results.label(row)} %" for row in results.rows)], rows
 
 
 def cost_rows(results: Results) -> Table:
     """What each model cost to train."""
-    header = ["model", "parameters", "steps", "tokens", "seconds", "tokens a second"]
     rows = []
     for row in results.rows:
         parameters, steps, tokens, seconds = map(row.raw.get, ("parameters", "steps", "tokens", "train_seconds"))
         speed = tokens / seconds if tokens and seconds else None
         rows.append([results.label(row), *map(_number, (parameters, steps, tokens, seconds, speed))])
-    return header, rows
+    return ["model", "parameters", "steps", "tokens", "seconds", "tokens a second"], rows
 
 
 def stage_rows(results: Results) -> Table:
     """What each logged stage of each run cost."""
-    header = ["run", "stage", "steps", "last loss", "tokens a second (median)", "memory GiB (peak)"]
     rows = []
     for run in results.runs:
         for stage, lines in run.stages.items():
@@ -58,7 +53,7 @@ def stage_rows(results: Results) -> Table:
             peak = max((line["memory_gib"] for line in lines if line.get("memory_gib") is not None), default=None)
             last = [_number(lines[-1]["step"]), _number(lines[-1].get("loss"), 3)]
             rows.append([run.label, stage, *last, _number(median(speeds) if speeds else None), _number(peak, 2)])
-    return header, rows
+    return ["run", "stage", "steps", "last loss", "tokens a second (median)", "memory GiB (peak)"], rows
 
 
 def environment_rows(results: Results) -> Table:

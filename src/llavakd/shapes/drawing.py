@@ -46,13 +46,12 @@ def mask(shape: str, size: str) -> NDArray[np.bool_]:
 
 def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """Draw a scene as 48x48 RGB pixels; `rng` decides the jitter of each thing and the noise of each pixel."""
-    canvas = np.empty((SIDE * CELL, SIDE * CELL, 3), dtype=np.float32)
-    canvas[:] = GROUND
+    canvas = np.full((SIDE * CELL, SIDE * CELL, 3), GROUND, dtype=np.float32)
     jitter = rng.integers(-JITTER, JITTER + 1, (len(scene.things), 2)).tolist()
     for thing, (down, along) in zip(scene.things, jitter, strict=True):
         pixels = mask(thing.shape, thing.size)
-        margin = (CELL - len(pixels)) // 2
-        top, left = thing.spot[0] * CELL + margin + down, thing.spot[1] * CELL + margin + along
+        margin, (row, column) = (CELL - len(pixels)) // 2, divmod(thing.cell, SIDE)
+        top, left = row * CELL + margin + down, column * CELL + margin + along
         canvas[top : top + len(pixels), left : left + len(pixels)][pixels] = RGB[thing.color]
     canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * (255 * NOISE)
     return Image.fromarray(canvas.round().clip(0, 255).astype(np.uint8))

@@ -39,11 +39,6 @@ class Thing:
         """The colour and the shape, as questions and answers say it: `red circle`."""
         return f"{self.color} {self.shape}"
 
-    @property
-    def spot(self) -> tuple[int, int]:
-        """The (row, column) of its cell, (0, 0) at the top left."""
-        return divmod(self.cell, SIDE)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
@@ -62,7 +57,7 @@ class Scene:
 
     def outward(self, thing: Thing, direction: str) -> list[Thing | None]:
         """What lies in a direction (a key of DIRECTIONS) of a thing, cell by cell to the edge, None where it is empty."""
-        (row, column), (down, along) = thing.spot, DIRECTIONS[direction]
+        (row, column), (down, along) = divmod(thing.cell, SIDE), DIRECTIONS[direction]
         ray = [(row + steps * down, column + steps * along) for steps in range(1, SIDE)]
         return [self.at(r * SIDE + c) for r, c in ray if 0 <= r < SIDE and 0 <= c < SIDE]
 
@@ -70,18 +65,14 @@ class Scene:
 def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
     """All of the scene and nothing else, in words: `northwest big red circle, center small blue square.`.
 
-    In reading order (no `rng`) it is the scene's canonical key; `rng` shuffles the things, so that whoever says them
-    must look each place up.
+    In reading order (no `rng`) it is the scene's key; `rng` shuffles the things, so that each place is looked up.
     """
     things = scene.things if rng is None else [scene.things[place] for place in rng.permutation(len(scene.things))]
     return ", ".join(f"{PLACES[thing.cell]} {thing.size} {thing.name}" for thing in things) + "."
 
 
 def split_of(scene: Scene) -> str:
-    """The one split of SPLITS in which a scene may appear, whatever the seed of the world.
-
-    A stable hash of the caption decides, so splits are disjoint without any process knowing what another drew.
-    """
+    """The one split of SPLITS in which a scene may appear, by a stable hash of its caption, whatever the world's seed."""
     digest = hashlib.blake2b(caption(scene).encode(), digest_size=8).digest()
     return _SPLIT_OF_BUCKET[int.from_bytes(digest, "big") % len(_SPLIT_OF_BUCKET)]
 
@@ -92,12 +83,11 @@ def random_scene(rng: np.random.Generator) -> Scene:
     cells = sorted(rng.permutation(SIDE * SIDE)[:count].tolist())
     palette = rng.permutation(len(COLORS))[: rng.integers(2, 5)].tolist()
     drawn = [rng.integers(0, options, count).tolist() for options in (len(palette), len(SHAPES), len(SIZES))]
-    return Scene(
-        things=tuple(
-            Thing(shape=SHAPES[shape], color=COLORS[palette[color]], size=SIZES[size], cell=cell)
-            for color, shape, size, cell in zip(*drawn, cells, strict=True)
-        )
-    )
+    things = [
+        Thing(shape=SHAPES[shape], color=COLORS[palette[color]], size=SIZES[size], cell=cell)
+        for color, shape, size, cell in zip(*drawn, cells, strict=True)
+    ]
+    return Scene(things=tuple(things))
 
 
 def scene_in(split: str, rng: np.random.Generator) -> Scene:

@@ -23,6 +23,7 @@ _EXAM_QUESTIONS = 3  # Questions about each picture of val and test.
 _MANY_TURNS = 0.6  # Share of train scenes asked about in one long conversation rather than two short ones.
 _TEXT_ONLY = 0.09  # Rows without a picture for each train scene; with 1.4 rows that have one, about 6 % of all.
 _RETOLD = 1 / 3  # Share of text rows that tell the scene once more.
+_COMPRESS = 1  # Noise hardly packs, so more effort buys nothing.
 _CHUNK = 250  # Scenes that a worker draws, and that progress goes on, at a time.
 _SHUFFLE = len(SPLITS)  # Seeds the order of rows (two of them), apart from all splits.
 _SLIPS = _SHUFFLE + 2  # Seeds the wrong answers: everything else is the same with and without them.
@@ -58,10 +59,6 @@ def _tell(scene: Scene, turns: Turns, rng: np.random.Generator) -> Turns:
     return [(f"scene: {caption(scene, rng)} {turns[0][0]}", turns[0][1]), *turns[1:]]
 
 
-def _save(scene: Scene, path: Path, rng: np.random.Generator) -> None:
-    draw(scene, rng).save(path, compress_level=1)  # Noise hardly packs, so more effort buys nothing.
-
-
 def _train_scene(images: Path, index: int, rng: np.random.Generator, noise: float, slips: np.random.Generator) -> Rows:
     def answered(scene: Scene, count: int) -> Turns:
         asked = ask_several(scene, count, rng)
@@ -69,7 +66,7 @@ def _train_scene(images: Path, index: int, rng: np.random.Generator, noise: floa
 
     scene = scene_in("train", rng)
     name, image = f"{index:06d}", f"{index:06d}.png"
-    _save(scene, images / image, rng)
+    draw(scene, rng).save(images / image, compress_level=_COMPRESS)
     if rng.random() < _MANY_TURNS:
         conversations = [answered(scene, int(rng.integers(3, 6)))]
     else:
@@ -99,7 +96,7 @@ def _exam_scene(images: Path, split: str, index: int, total: int, rng: np.random
         scene = scene_in(split, rng)
         questions = [found for kind in kinds if (found := ask(scene, kind, rng)) is not None]
     name = f"{split}-{index:06d}"
-    _save(scene, images / f"{name}.png", rng)
+    draw(scene, rng).save(images / f"{name}.png", compress_level=_COMPRESS)
     rows = [
         _row(f"{name}-{number}", _turns([question]), image=f"{name}.png", kind=question.kind)
         for number, question in enumerate(questions)
@@ -122,14 +119,6 @@ def _shuffled(lines: Sequence[str], *seeds: int) -> list[str]:
     return [lines[place] for place in np.random.default_rng(seeds).permutation(len(lines))]
 
 
-def _check(directory: Path, **least: tuple[int, int]) -> None:
-    for name, (got, minimum) in least.items():
-        if got < minimum:
-            raise UserError(f"got {name}={got}, expected at least {minimum}; raise {name}")
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise UserError(f"got {directory}, expected a new or empty folder; choose another or empty it")
-
-
 def write_world(
     directory: Path,
     *,
@@ -145,18 +134,22 @@ def write_world(
     The folder, new or empty, gets `images/` and six JSON lists of LLaVA rows, whose `image` is relative to `images/`:
     `pretrain` (a caption for each train picture), `instruct` (questions about the train pictures and a few about scenes
     told in words), `text` (two rows without picture for each train scene), `mixed` (the first two and a twenty-fourth
-    of the third) and `val` and `test` (one question a row, with its kind as `type`).  No scene of one split appears in
-    another; captions in `text` and told in `instruct` are of the split `text`.
+    of the third) and `val` and `test` (one question a row, with its kind as `type`). No scene is in two splits; those
+    told in words are of the split `text`.
 
-    There will be `scenes` (1 or more) train scenes, and `test_questions` (2 or more) rows in `test` and half as many in
-    `val`. `noise` is the share of answers in `instruct` (so in `mixed`) that are wrong, as machine-written ones are; `val`
-    and `test` are right. `seed` is 0 or more. What is written does not depend on `workers`, the processes that draw.
-    `progress` is called with (scenes done, scenes in all) now and then, all splits together.
+    There are `scenes` (1 or more) train scenes, `test_questions` (2 or more) rows in `test` and half as many in `val`.
+    `noise` is the share of wrong answers in `instruct`, so in `mixed`; `seed` is 0 or more; `workers` draw in parallel,
+    to the same bytes; `progress` is called with (scenes done, scenes in all) now and then, all splits together.
 
     Raises:
         UserError: the directory is not an empty folder or a number is too small; nothing is written then.
     """
-    _check(directory, scenes=(scenes, 1), seed=(seed, 0), test_questions=(test_questions, 2), workers=(workers, 1))
+    numbers = {"scenes": (scenes, 1), "seed": (seed, 0), "test_questions": (test_questions, 2), "workers": (workers, 1)}
+    for name, (got, least) in numbers.items():
+        if got < least:
+            raise UserError(f"got {name}={got}, expected at least {least}; raise {name}")
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise UserError(f"got {directory}, expected a new or empty folder; choose another or empty it")
     if not 0 <= noise < 1:
         raise UserError(f"got noise={noise}, expected a share from 0 to below 1; change noise")
     images = directory / "images"

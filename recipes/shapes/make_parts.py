@@ -1,5 +1,12 @@
-"""The world's small model parts as ordinary transformers folders without weights: tower, two language models, tokenizer."""
+"""Write the world's small model parts as transformers folders without weights: tower, two language models, tokenizer.
 
+    python recipes/shapes/make_parts.py OUT
+
+The tokenizer follows the wording of captions and questions; the parts in the package keep the one that the assets were
+trained with.
+"""
+
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,3 +91,14 @@ def _texts(seed: int) -> Iterator[str]:
             yield from (question.text, question.answer)  # answers and questions start their line, without a space
     lines = [TEMPLATES["vicuna_v1"].system, f" {_ENGLISH}", "user\n", "assistant\n", "scene:", "describe the picture."]
     yield from lines * 100
+
+
+def main() -> None:
+    """Parse and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    write_parts(parser.parse_args().out)
+
+
+if __name__ == "__main__":
+    main()
