@@ -19,7 +19,7 @@ from transformers import AutoConfig, LlavaForConditionalGeneration
 from llavakd import plan as plan_module
 from llavakd.config import load_recipe, parse_recipe
 from llavakd.data.chat import Segment
-from llavakd.data.collate import Batch, RowDataset
+from llavakd.data.collate import Batch, RowDataset, Source
 from llavakd.data.samples import load_samples
 from llavakd.evaluate.generate import make_renderer
 from llavakd.losses import rows as rows_module
@@ -277,7 +277,8 @@ def test_tokens_are_those_of_the_rendered_rows(tiny, command, tmp_path):
     student = build_student(recipe.student, seed=0)
     for index, name in ((0, "pretrain"), (1, "mixed"), (2, "instruct")):
         data, tokens = recipe.data[name], plan["stages"][index]["tokens"]
-        rows = RowDataset(load_samples(data), make_renderer(student, data), images=None, image_processor=None)
+        source = Source(samples=load_samples(data), renderer=make_renderer(student, data), data=data)
+        rows = RowDataset([source], image_processor=None)
         texts = [row.text for row in rows.__getitems__(range(len(rows)))]
         assert tokens["rows"] == len(texts)
         assert tokens["longest"] == max(len(text.ids) for text in texts)

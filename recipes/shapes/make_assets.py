@@ -21,7 +21,8 @@ import torch
 import transformers
 from make_tower import BATCH, PARTS, SEED, STEPS, train_tower
 
-from llavakd.models.student import extract_language_model, load_image_processor, load_student, save_model
+from llavakd.models.parts import extract_language_model, load_image_processor
+from llavakd.models.student import load_student, save_model
 
 HERE = Path(__file__).parent
 ASSETS = HERE.parents[1] / "src" / "llavakd" / "assets" / "shapes"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from llavakd.models.student import load_image_processor
+from llavakd.models.parts import load_image_processor
 from llavakd.progress import bar, say
 from llavakd.shapes.drawing import draw
 from llavakd.shapes.scenes import COLORS, PLACES, SHAPES, SIZES, Scene, scene_in

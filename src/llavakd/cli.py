@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from llavakd.config import DataConfig, EvaluationConfig, TeacherConfig, load_recipe
 from llavakd.errors import UserError
 from llavakd.progress import Interrupted, bar, say
+
+_SHOWN = 50  # findings of a source that are printed
 
 app = typer.Typer(
     add_completion=False,
@@ -73,6 +77,38 @@ def plan(
     loaded = load_recipe(recipe, overrides or [])
     plan = plan_run(loaded, gpu=gpu, gpus=gpus, efficiency=efficiency, rows=rows, text_tokens=text_tokens)
     print(json.dumps(plan)) if as_json else _print_plan(plan)  # noqa: T201
+
+
+@app.command()
+def check(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe file, or else --data.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.key=value, stages by name")] = None,
+    data: Annotated[Path | None, typer.Option(help="A data file to check by itself.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Its picture folder, zip or tar.")] = None,
+    fast: Annotated[bool, typer.Option(help="Pictures only have to be there, they are not decoded.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes; default one a core.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Where all findings go as JSON.")] = None,
+    write_clean: Annotated[Path | None, typer.Option(help="Where the good rows of --data go, each once.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder, where drawn worlds lie; default runs/NAME.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Look at every row before anything trains; exit 1 if some cannot be used."""
+    from llavakd.preflight import check_data, check_recipe
+
+    if (recipe is None) == (data is None) or (recipe and write_clean):
+        raise UserError("give either a recipe or --data FILE; --write-clean goes with --data")
+    if recipe is not None:
+        loaded = load_recipe(recipe, overrides or [])
+        found = check_recipe(loaded, out or Path("runs") / loaded.name, fast=fast, workers=workers)
+    else:
+        source = DataConfig(path=str(data), images=str(images) if images else None)
+        found = {data.name: check_data(data.name, source, [], fast=fast, workers=workers, clean=write_clean)}
+    text = json.dumps(found, ensure_ascii=False)
+    if report is not None:
+        report.write_text(text + "\n", encoding="utf-8")
+    print(text) if as_json else _print_check(found)  # noqa: T201
+    if any(source["unusable"] for source in found.values()):
+        sys.exit(1)
 
 
 @app.command()
@@ -162,6 +198,23 @@ def _print_results(results: dict) -> None:
         counts = [f"{row[key]:.0f}" if row.get(key) is not None else "-" for key in ("n", "steps", "train_seconds")]
         table.add_row(row["name"], *shown, *counts)
     Console().print(table)
+
+
+def _print_check(found: dict) -> None:
+    for name, source in found.items():
+        table = Table("row", "kind", "what", title=f"{name}: the first of {len(source['findings'])} findings")
+        for finding in source["findings"][:_SHOWN]:
+            table.add_row(*map(escape, finding.values()))
+        if source["findings"]:
+            Console().print(table)
+        tokens = Table("tokens a row", *source["tokens"])
+        for label in next(iter(source["tokens"].values()), {}):
+            tokens.add_row(label, *(f"{by[label]:,.0f}" for by in source["tokens"].values()))
+        if source["tokens"]:
+            Console().print(tokens)
+        kinds = Counter(finding["kind"] for finding in source["findings"])
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "nothing wrong"
+        print(f"{name}: {source['rows']:,} rows, {source['text_only']:.1%} without a picture; {counts}")  # noqa: T201
 
 
 def _print_plan(plan: dict) -> None:

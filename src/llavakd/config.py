@@ -31,9 +31,12 @@ class StudentConfig:
     __pydantic_config__ = _STRICT
     vision_tower: str
     language_model: str
-    projector: Literal["mlp2x_gelu", "linear"] = "mlp2x_gelu"
+    projector: Literal["mlp2x_gelu", "linear", "pixel_shuffle"] = "mlp2x_gelu"
+    """`pixel_shuffle` makes one visual token of 2 x 2 patches (stock Aya Vision instead of stock Llava)."""
     vision_feature_layer: int = -2
     vision_feature_select_strategy: Literal["default", "full"] = "default"
+    image_mode: Literal["square", "pad"] = "square"
+    """`square` squeezes a picture to the tower's size (LLaVA-KD), `pad` centres it on a square first (LLaVA-1.5)."""
     from_scratch: tuple[Literal["vision_tower", "language_model"], ...] = ()
     """Parts drawn at random from their folder's config.json instead of loaded."""
 
@@ -61,12 +64,15 @@ class SubsetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """One LLaVA-format JSON file with its picture folder and the text form it is rendered in."""
+    """One data file with its picture folder and the text form it is rendered in.
+
+    A JSON list or JSON lines in LLaVA's format, or parquet or a saved `datasets` folder with `images` and `messages`.
+    """
 
     __pydantic_config__ = _STRICT
     path: str
     images: str | None = None
-    """Folder or zip archive that the rows' picture names are relative to."""
+    """Folder, zip or tar archive that the rows' picture names are relative to."""
     subset: SubsetConfig | None = None
     template: Literal["pretrain", "vicuna_v1", "chatml"] = "vicuna_v1"
     max_length: int = 2048
@@ -108,7 +114,8 @@ class StageConfig:
 
     __pydantic_config__ = _STRICT
     name: str
-    data: str
+    data: str | dict[str, float]
+    """A source, or several with weights: 2.5 gives all of its rows twice and half of them once more in each epoch."""
     train: tuple[Part, ...]
     losses: LossConfig
     learning_rate: float
@@ -123,6 +130,11 @@ class StageConfig:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
+
+    @property
+    def sources(self) -> dict[str, float]:
+        """The weight of every source by name."""
+        return {self.data: 1.0} if isinstance(self.data, str) else self.data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +178,8 @@ class Recipe:
     gradient_checkpointing: bool = False
     cache_features: bool = False
     """Run the frozen vision tower once per picture and keep its features under RUN/features."""
+    max_bad_rows: float = 0.001
+    """Share of rows that may be left out because they cannot be used; more of them stop the run."""
     save_every: int = 500
     """Optimiser steps between checkpoints."""
     log_every: int = 10

@@ -29,15 +29,17 @@ from llavakd.config import (
     resolve_paths,
     to_tree,
 )
-from llavakd.data.collate import RowDataset, load_pixels
+from llavakd.data.collate import RowDataset, Source
 from llavakd.data.features import FeatureStore, save_features
-from llavakd.data.samples import Sample, load_samples
+from llavakd.data.pictures import load_pixels
+from llavakd.data.samples import Samples, load_samples
 from llavakd.errors import UserError
 from llavakd.evaluate import evaluate_model
 from llavakd.evaluate.generate import make_renderer
 from llavakd.models.alignment import Pair, align
 from llavakd.models.student import VisionLanguageModel, build_student, load_student, save_model, vision_features
 from llavakd.models.teacher import load_teacher
+from llavakd.preflight import check_before_training, used_sources
 from llavakd.progress import bar, say
 from llavakd.report import write_report
 from llavakd.shapes import write_world
@@ -75,8 +77,13 @@ def run_pipeline(recipe: Recipe, out: Path) -> dict[str, Any]:
     run = Run(recipe=resolve_paths(recipe, out), out=out, accelerator=accelerator)
     with accelerator.main_process_first():
         draw_world(recipe, out)
-    samples = {name: load_samples(run.recipe.data[name]) for name in _used_sources(run.recipe)}
+    allowed = run.recipe.max_bad_rows
+    samples = {
+        name: load_samples(run.recipe.data[name], allowed, find_pictures=True) for name in used_sources(run.recipe)
+    }
     _check_batches(run, samples)
+    if accelerator.is_main_process:
+        check_before_training(run.recipe, samples)
     ledger = _Ledger(out / "pipeline.json", recipe.name)
     for index, stage in enumerate(run.recipe.stages):
         fingerprint = _fingerprint(run, index, ledger)
@@ -84,7 +91,7 @@ def run_pipeline(recipe: Recipe, out: Path) -> dict[str, Any]:
             say(f"stage {stage.name}: done, skipped")
             continue
         ledger.note(stage.name, state="running", fingerprint=fingerprint)
-        summary = _run_one(run, index, samples[stage.data])
+        summary = _run_one(run, index, samples)
         ledger.note(stage.name, state="done", fingerprint=fingerprint, **summary)
         accelerator.wait_for_everyone()
     results = _results(run, ledger, samples) if accelerator.is_main_process else {"rows": []}
@@ -101,7 +108,9 @@ def evaluate_folder(model: TeacherConfig, data: DataConfig, evaluation: Evaluati
     loaded = load_teacher(model)
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     out.mkdir(parents=True, exist_ok=True)
-    return evaluate_model(loaded, load_samples(data), data, evaluation, out, name=Path(model.path).name)
+    return evaluate_model(
+        loaded, load_samples(data, find_pictures=True), data, evaluation, out, name=Path(model.path).name
+    )
 
 
 class _Ledger:
@@ -178,25 +187,21 @@ def draw_world(recipe: Recipe, out: Path) -> None:
     partial.rename(out / "world")
 
 
-def _used_sources(recipe: Recipe) -> list[str]:
-    names = [stage.data for stage in recipe.stages] + ([recipe.evaluation.data] if recipe.evaluation else [])
-    return list(dict.fromkeys(names))
-
-
-def _check_batches(run: Run, samples: dict[str, list[Sample]]) -> None:
+def _check_batches(run: Run, samples: dict[str, Samples]) -> None:
     """Refuse before the first model is loaded what could only fail later."""
     for stage in run.recipe.stages:
-        total_steps(len(samples[stage.data]), stage.global_batch_size, stage.epochs, stage.data)
+        total_steps(sum(round(weight * len(samples[name])) for name, weight in stage.sources.items()), stage)
         shard_of(run.recipe, stage.name, rank=0, world_size=run.accelerator.num_processes)
 
 
 def _fingerprint(run: Run, index: int, ledger: _Ledger) -> dict[str, str]:
     """What decides a stage's result, each part hashed by itself so that a change can be named."""
     stage = run.recipe.stages[index]
-    data = run.recipe.data[stage.data]
+    sources = [run.recipe.data[name] for name in stage.sources]
+    settings = [dataclasses.asdict(source) for source in sources]
     parts: dict[str, Any] = {
-        "recipe": [dataclasses.asdict(stage), dataclasses.asdict(data), run.recipe.seed, run.recipe.precision],
-        "data": file_digest(Path(data.path)),
+        "recipe": [dataclasses.asdict(stage), settings, run.recipe.seed, run.recipe.precision],
+        "data": [_data_digest(Path(source.path)) for source in sources],
         "start": ledger.stages[run.recipe.stages[index - 1].name]["fingerprint"]
         if index
         else [
@@ -210,13 +215,18 @@ def _fingerprint(run: Run, index: int, ledger: _Ledger) -> dict[str, str]:
     return {key: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for key, value in parts.items()}
 
 
+def _data_digest(path: Path) -> list[str]:
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return [file_digest(file) for file in files]
+
+
 def _weights_digest(source: str) -> list[str]:
     """Digests of a local folder's config and weights; a hub name stands for itself."""
     files = sorted(path for form in ("config.json", "*.safetensors", "*.bin") for path in Path(source).glob(form))
     return [file_digest(path) for path in files] or [source]
 
 
-def _run_one(run: Run, index: int, samples: list[Sample]) -> dict[str, Any]:
+def _run_one(run: Run, index: int, samples: dict[str, Samples]) -> dict[str, Any]:
     """Train one stage and write its model; returns what pipeline.json says of it."""
     stage = run.recipe.stages[index]
     student = (
@@ -250,16 +260,15 @@ def _run_one(run: Run, index: int, samples: list[Sample]) -> dict[str, Any]:
     )
     progress = run_stage(state, dataset, run.recipe, folder)
     if run.accelerator.is_main_process:
-        write_folder(
-            run.model_folder(stage),
-            lambda partial: save_model(student, partial, template=run.recipe.data[stage.data].template),
-        )
+        template = run.recipe.data[next(iter(stage.sources))].template
+        write_folder(run.model_folder(stage), lambda partial: save_model(student, partial, template=template))
     run.accelerator.free_memory()
     return {
         "steps": progress.step,
         "train_seconds": progress.seconds,
         "tokens": progress.tokens,
         "truncated": progress.truncated,
+        "left_out": progress.left_out,
     }
 
 
@@ -267,37 +276,42 @@ def _dataset(
     run: Run,
     stage: StageConfig,
     student: VisionLanguageModel,
-    samples: list[Sample],
+    samples: dict[str, Samples],
     pair: Pair | None,
     teacher: VisionLanguageModel | None,
 ) -> RowDataset:
-    data = run.recipe.data[stage.data]
-    store = None
-    if run.recipe.cache_features and any(sample.images for sample in samples):
-        if "vision_tower" in stage.train or (pair and not pair.shared_tower):
-            raise UserError(
-                f"cache_features: stage {stage.name} needs pixels, for its vision tower learns or the teacher's differs; "
-                "set cache_features: false"
-            )
-        with run.accelerator.main_process_first():
-            store = _feature_store(run, stage.data, student, samples)
+    cached = run.recipe.cache_features and any((samples[name].lengths > 0).any() for name in stage.sources)
+    if cached and ("vision_tower" in stage.train or (pair and not pair.shared_tower)):
+        raise UserError(
+            f"cache_features: stage {stage.name} needs pixels, for its vision tower learns or the teacher's differs; "
+            "set cache_features: false"
+        )
+    sources = []
+    for name, weight in stage.sources.items():
+        store = None
+        if cached and (samples[name].lengths > 0).any():
+            with run.accelerator.main_process_first():
+                store = _feature_store(run, name, student, samples[name])
+        data = run.recipe.data[name]
+        renderer = make_renderer(student, data)
+        sources.append(Source(samples=samples[name], renderer=renderer, data=data, store=store, weight=weight))
     return RowDataset(
-        samples,
-        make_renderer(student, data),
-        images=data.images,
+        sources,
         image_processor=student.image_processor,
         teacher_processor=teacher.image_processor if teacher and pair and not pair.shared_pixels else None,
-        store=store,
+        seed=run.recipe.seed,
     )
 
 
 @torch.no_grad()
-def _feature_store(run: Run, source: str, student: VisionLanguageModel, samples: list[Sample]) -> FeatureStore:
+def _feature_store(run: Run, source: str, student: VisionLanguageModel, samples: Samples) -> FeatureStore:
     """Features of a source's pictures, encoded once; keyed by tower, processor and picture names."""
-    images = run.recipe.data[source].images or ""
+    data = run.recipe.data[source]
     names = sorted({name for sample in samples for name in sample.images})  # one store for all sources of one set
     tower = student.parts()["vision_tower"]
-    digest = hashlib.sha256(json.dumps([images, names, student.image_processor.to_dict()], default=str).encode())
+    digest = hashlib.sha256(
+        json.dumps([data.images or data.path, names, student.image_processor.to_dict()], default=str).encode()
+    )
     for name, weight in tower.state_dict().items():
         digest.update(name.encode() + weight.cpu().numpy().tobytes())
     path = run.out / "features" / f"{digest.hexdigest()[:16]}.safetensors"
@@ -306,7 +320,7 @@ def _feature_store(run: Run, source: str, student: VisionLanguageModel, samples:
         parts = []
         with bar(f"encode pictures of {source}", len(names)) as advance:
             for start in range(0, len(names), 64):
-                pixels = load_pixels(images, names[start : start + 64], student.image_processor)
+                pixels = load_pixels(data, names[start : start + 64], student.image_processor)
                 with run.accelerator.autocast():
                     parts.append(vision_features(student.model, pixels.to(run.accelerator.device)).float().cpu())
                 advance(min(start + 64, len(names)))
@@ -314,7 +328,7 @@ def _feature_store(run: Run, source: str, student: VisionLanguageModel, samples:
     return FeatureStore(path)
 
 
-def _results(run: Run, ledger: _Ledger, samples: dict[str, list[Sample]]) -> dict[str, Any]:
+def _results(run: Run, ledger: _Ledger, samples: dict[str, Samples]) -> dict[str, Any]:
     """What results.json holds: the student's row, and the teacher's where there is one."""
     evaluation = run.recipe.evaluation
     rows: list[dict[str, Any]] = []
@@ -330,7 +344,7 @@ def _results(run: Run, ledger: _Ledger, samples: dict[str, list[Sample]]) -> dic
 
 
 def _evaluate(
-    run: Run, source: TeacherConfig, evaluation: EvaluationConfig, samples: dict[str, list[Sample]], name: str
+    run: Run, source: TeacherConfig, evaluation: EvaluationConfig, samples: dict[str, Samples], name: str
 ) -> dict[str, Any]:
     """Scores of one model, read back where the same weights answered the same file before."""
     data = run.recipe.data[evaluation.data]
@@ -339,7 +353,7 @@ def _evaluate(
             [
                 _weights_digest(source.path),
                 source.dtype,
-                file_digest(Path(data.path)),
+                _data_digest(Path(data.path)),
                 dataclasses.asdict(data),
                 dataclasses.asdict(evaluation),
             ]

@@ -24,7 +24,8 @@ from llavakd.data.chat import ChatRenderer, Segment
 from llavakd.data.samples import IMAGE_TAG, load_samples
 from llavakd.errors import UserError, nearest
 from llavakd.losses.rows import GRADIENT_CHUNKS, rows_at_once
-from llavakd.models.student import VisionLanguageModel, final_hidden, load_for, student_config, vision_features
+from llavakd.models.parts import load_for
+from llavakd.models.student import VisionLanguageModel, final_hidden, student_config, vision_features
 from llavakd.models.teacher import DTYPES
 from llavakd.train.loop import shard_of, total_steps
 
@@ -113,7 +114,7 @@ class StageCost:
         recipe, stage, tokens = self.recipe, self.stage, self.tokens
         self.student.train_only(stage.train)
         micro = shard_of(recipe, stage.name, rank=0, world_size=self.gpus).micro_batch_size
-        steps = total_steps(tokens.rows, stage.global_batch_size, stage.epochs, stage.data)
+        steps = total_steps(tokens.rows, stage)
         seen = steps * stage.global_batch_size
         flops = {part: seen * value for part, value in self.row_flops(micro).items()}
         if recipe.cache_features:  # each picture once, for the first stage that reads its folder

@@ -36,8 +36,9 @@ def check_sense(recipe: Recipe) -> None:
         ("save_every", recipe.save_every, 1),
         ("log_every", recipe.log_every, 1),
         ("workers", recipe.workers, 0),
+        ("max_bad_rows", recipe.max_bad_rows, 0),
     ):
-        if value < least:
+        if not least <= value < math.inf:
             raise RecipeError(f"{key}: got {value}, expected at least {least}")
 
 
@@ -57,8 +58,13 @@ def _check_source(source: DataConfig, place: str) -> None:
 
 
 def _check_stage(recipe: Recipe, stage: StageConfig, place: str) -> None:
-    if stage.data not in recipe.data:
-        raise RecipeError(f"{place}.data: no source {stage.data!r} under data{nearest(stage.data, recipe.data)}")
+    for name, weight in stage.sources.items():
+        if name not in recipe.data:
+            raise RecipeError(f"{place}.data: no source {name!r} under data{nearest(name, recipe.data)}")
+        if not 0 < weight < math.inf:
+            raise RecipeError(f"{place}.data.{name}: got weight {weight}, expected a finite number above 0")
+    if not stage.sources:
+        raise RecipeError(f"{place}.data: names no source; give one under data")
     if not stage.train:
         raise RecipeError(f"{place}.train: the stage trains nothing; name at least one of {PARTS}")
     weights = stage.losses.weights

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -12,10 +14,12 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, SiglipImageProcessorPil
 
 import llavakd
+from llavakd.config import DataConfig
 from llavakd.data.chat import IGNORE_INDEX, ChatRenderer, Rendered, Segment
-from llavakd.data.collate import Row, RowDataset, collate, load_pixels
+from llavakd.data.collate import Row, RowDataset, Source, collate
 from llavakd.data.features import FeatureStore, save_features
-from llavakd.data.samples import DataError, Sample, Turn
+from llavakd.data.pictures import load_pixels
+from llavakd.data.samples import Sample, Turn
 
 PARTS = Path(llavakd.__file__).parent / "assets" / "shapes" / "parts"
 END = 0  # the padding id of these tests too, as with Qwen's base models
@@ -105,6 +109,15 @@ def conversation(name: str, *images: str) -> Sample:
     return Sample(id=name, images=images, turns=turns)
 
 
+def among(folder) -> DataConfig:
+    return DataConfig(path="rows.json", images=str(folder))
+
+
+def dataset(samples, renderer, folder, processor, **more) -> RowDataset:
+    source = Source(samples=samples, renderer=renderer, data=among(folder), **more)
+    return RowDataset([source], image_processor=processor)
+
+
 SAMPLES = [conversation("one", "red.png"), conversation("none"), conversation("two", "blue.png", "red.png")]
 
 
@@ -116,7 +129,7 @@ def folder(tmp_path):
 
 
 def test_pixels_go_through_the_towers_own_processor(folder, processor):
-    pixels = load_pixels(str(folder), ["red.png", "blue.png"], processor)
+    pixels = load_pixels(among(folder), ["red.png", "blue.png"], processor)
     assert pixels.shape == (2, 3, processor.size["height"], processor.size["width"])
     assert pixels.dtype == torch.float32
     want = torch.tensor([[1.0, -1.0, -1.0], [-1.0, -1.0, 1.0]])
@@ -124,7 +137,7 @@ def test_pixels_go_through_the_towers_own_processor(folder, processor):
 
 
 def test_a_dataset_row_holds_its_text_and_its_pictures(folder, renderer, processor):
-    rows = RowDataset(SAMPLES, renderer, images=str(folder), image_processor=processor)
+    rows = dataset(SAMPLES, renderer, folder, processor)
     assert len(rows) == 3
     loader = DataLoader(rows, batch_sampler=[[0, 1, 2], [2]], collate_fn=partial(collate, pad_token_id=END))
     batch, last = loader
@@ -141,9 +154,7 @@ def test_a_dataset_row_holds_its_text_and_its_pictures(folder, renderer, process
 def test_cached_features_stand_in_for_pictures_that_are_then_never_opened(tmp_path, renderer):
     features = torch.arange(2 * 2 * 5, dtype=torch.float32).reshape(2, 2, 5)
     save_features(tmp_path / "store.safetensors", ["red.png", "blue.png"], features)
-    rows = RowDataset(
-        SAMPLES, renderer, images="nowhere", image_processor=None, store=FeatureStore(tmp_path / "store.safetensors")
-    )
+    rows = dataset(SAMPLES, renderer, "nowhere", None, store=FeatureStore(tmp_path / "store.safetensors"))
     assert rows[1].features is None, "a row of text has no features, not none of them"
     batch = collate([rows[i] for i in range(3)], pad_token_id=END)
     assert batch.pixel_values is None
@@ -151,6 +162,56 @@ def test_cached_features_stand_in_for_pictures_that_are_then_never_opened(tmp_pa
 
 
 def test_a_missing_picture_is_named_when_its_row_is_asked_for(folder, renderer, processor):
-    rows = RowDataset([conversation("lost", "green.png")], renderer, images=str(folder), image_processor=processor)
-    with pytest.raises(DataError, match=r"green\.png"):
-        rows[0]
+    rows = dataset([conversation("lost", "green.png")], renderer, folder, processor)
+    assert re.search(r"row 'lost' left out: .*green\.png", rows[0].mistake)
+
+
+def numbered(prefix: str, count: int) -> list[Sample]:
+    return [conversation(f"{prefix}{number}") for number in range(count)]
+
+
+@pytest.mark.parametrize(("weight", "often"), [(1.0, {1}), (3.0, {3}), (2.5, {2, 3}), (0.3, {0, 1})])
+def test_a_weight_says_how_often_a_row_of_a_source_is_seen(renderer, weight, often):
+    sources = [
+        Source(samples=numbered("a", 10), renderer=renderer, data=among("nowhere"), weight=weight),
+        Source(samples=numbered("b", 4), renderer=renderer, data=among("nowhere")),
+    ]
+    rows = RowDataset(sources, image_processor=None, seed=1)
+    assert len(rows) == round(10 * weight) + 4
+    seen = Counter(row.id for row in rows.__getitems__(range(len(rows))))
+    assert {seen[f"a{number}"] for number in range(10)} == often
+    assert [seen[f"b{number}"] for number in range(4)] == [1] * 4
+    assert len(rows.lengths) == len(rows)
+
+
+def test_the_part_of_a_source_is_drawn_by_the_seed(renderer):
+    def drawn(seed):
+        source = Source(samples=numbered("a", 40), renderer=renderer, data=among("nowhere"), weight=0.5)
+        return [row.id for row in RowDataset([source], image_processor=None, seed=seed).__getitems__(range(20))]
+
+    assert drawn(0) == drawn(0) != drawn(1)
+
+
+def test_rows_of_several_sources_come_in_the_order_asked_each_in_its_own_form(renderer, folder, processor):
+    other = ChatRenderer("vicuna_v1", renderer.tokenizer, image_token_id=renderer.image_token_id, tokens_per_image=2,
+                         max_length=500)  # fmt: skip
+    sources = [
+        Source(samples=SAMPLES, renderer=renderer, data=among(folder)),
+        Source(samples=SAMPLES, renderer=other, data=among(folder)),
+    ]
+    rows = RowDataset(sources, image_processor=processor)
+    got = rows.__getitems__([5, 0, 4, 2])
+    assert [row.id for row in got] == ["two", "one", "none", "two"]
+    wanted = [*other.render_many(SAMPLES[2:]), *renderer.render_many(SAMPLES[:1]), *other.render_many(SAMPLES[1:2])]
+    assert [row.text for row in got[:3]] == wanted
+
+
+def test_a_bad_row_is_told_apart_from_its_neighbours(renderer, folder, processor):
+    samples = [SAMPLES[0], conversation("lost", "green.png"), SAMPLES[2]]
+    batch = collate(dataset(samples, renderer, folder, processor).__getitems__([0, 1, 2]), pad_token_id=END)
+    assert len(batch.mistakes) == 1
+    assert "'lost' left out" in batch.mistakes[0]
+    assert batch.sample_ids == ("one", "lost", "two")
+    assert batch.image_rows.tolist() == [0, 2, 2]
+    assert (batch.labels[1] == IGNORE_INDEX).all()
+    assert batch.attention_mask[1].sum() == 1

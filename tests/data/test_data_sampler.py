@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from llavakd.data.sampler import MicroBatches, Shard, plan_epoch, word_lengths
-from llavakd.data.samples import Sample, Turn
+from llavakd.data.sampler import MicroBatches, Shard, plan_epoch
+from llavakd.data.samples import Sample, Turn, word_lengths
 
 GROUPINGS = ["none", "length", "modality_length"]
 MIXES = ["pictures", "text", "both"]

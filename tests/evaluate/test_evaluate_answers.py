@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llavakd.config import DataConfig, EvaluationConfig, TeacherConfig
-from llavakd.data.collate import load_pixels
+from llavakd.data.pictures import load_pixels
 from llavakd.data.samples import load_samples
 from llavakd.evaluate import evaluate_model
 from llavakd.evaluate.generate import generate_answers, make_renderer
@@ -27,7 +27,7 @@ def data(tiny):
 def say_alone(model, data, sample) -> str:
     """Greedy decoding by hand: one row, no padding, no cache, one forward a token."""
     ids = make_renderer(model, data).render_prompt(sample)
-    pixels = load_pixels(data.images, sample.images, model.image_processor) if sample.images else None
+    pixels = load_pixels(data, sample.images, model.image_processor) if sample.images else None
     said: list[int] = []
     end = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
     for _ in range(6):
@@ -96,7 +96,7 @@ def test_evaluation_writes_every_answer_and_scores_what_it_wrote(model, tiny, tm
     assert row["parameters"] == sum(p.numel() for p in model.model.parameters())
     gram = np.load(tmp_path / "it" / "gram.npy")
     assert gram.shape == (16, 16)
-    pixels = load_pixels(images, samples[0].images, model.image_processor)
+    pixels = load_pixels(data, samples[0].images, model.image_processor)
     ids = torch.tensor([make_renderer(model, data).render_prompt(samples[0])])
     with torch.no_grad():
         logits = model.model(input_ids=ids, pixel_values=pixels).logits[ids == model.image_token_id].double()

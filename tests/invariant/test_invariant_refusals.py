@@ -46,7 +46,7 @@ REFUSALS = {
     "unequal visual tokens": ("student.vision_feature_select_strategy", "default", ["student 15, teacher 16"]),
     "rows longer than a picture allows": ("data.pretrain.max_length", 8, ["max_length 8 cuts through a picture"]),
     "another template's data": ("data.instruct.template", "pretrain", ["the pretrain template is for"]),
-    "missing pictures": ("data.pretrain.images", "nowhere/pictures", ["cannot read picture", "nowhere/pictures"]),
+    "missing pictures": ("data.pretrain.images", "nowhere/pictures", ["no picture", "nowhere/pictures"]),
     "a rate that makes no sense": ("stages.0.learning_rate", 1.0e36, ["stage dpt, step", "lower learning_rate"]),
 }
 

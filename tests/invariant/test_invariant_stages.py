@@ -94,7 +94,7 @@ def test_the_saved_student_is_of_the_students_size(run, weights, tiny):
 
 
 def test_metrics_name_every_step_and_the_parts_of_the_stages_loss(run):
-    parts = {"loss", "ce", "grad_norm", "tokens_per_s", "lr", "memory_gib", "truncated", "stage", "step"}
+    parts = {"loss", "ce", "grad_norm", "tokens_per_s", "lr", "memory_gib", "truncated", "left_out", "stage", "step"}
     kd = {"response_kl", "visual_kl", "relation"}
     steps_of = {stage["name"]: stage["steps"] for stage in ledger(run / "run")}
     assert steps_of["sft"] == steps_of["dft"] > steps_of["dpt"] == 4  # 48 rows in batches of 8, three quarters of them

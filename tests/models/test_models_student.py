@@ -21,10 +21,11 @@ from transformers import (
 
 from llavakd.config import DataConfig, StudentConfig
 from llavakd.data.chat import Segment
-from llavakd.data.collate import Batch, RowDataset, collate
+from llavakd.data.collate import Batch, RowDataset, Source, collate
 from llavakd.data.samples import load_samples
 from llavakd.evaluate.generate import generate_answers, make_renderer
-from llavakd.models.student import ModelError, build_student, final_hidden, load_student, save_model, vision_features
+from llavakd.models.parts import ModelError
+from llavakd.models.student import build_student, final_hidden, load_student, save_model, vision_features
 
 STRATEGIES = {"default": 15, "full": 16}
 
@@ -45,12 +46,9 @@ def batch_of(model, tiny, kind: str) -> Batch:
     chosen = [sample for sample in samples if len(sample.images) in pictures][::2][:4]
     if kind == "all":
         chosen = [next(s for s in samples if len(s.images) == count) for count in (1, 0, 2, 1)]
-    rows = RowDataset(
-        chosen,
-        make_renderer(model, mixed_data(tiny)),
-        images=str(tiny.world / "images"),
-        image_processor=model.image_processor,
-    )
+    data = mixed_data(tiny)
+    source = Source(samples=chosen, renderer=make_renderer(model, data), data=data)
+    rows = RowDataset([source], image_processor=model.image_processor)
     return collate([rows[index] for index in range(len(rows))], pad_token_id=model.tokenizer.pad_token_id)
 
 
@@ -258,7 +256,7 @@ def test_a_folder_that_is_not_there_is_named(tiny, tmp_path):
 
 
 def test_a_folder_of_another_kind_is_refused_as_a_llava_model(tiny):
-    with pytest.raises(ModelError, match=r"'qwen2'.*expected 'llava'"):
+    with pytest.raises(ModelError, match=r"'qwen2'.*expected one of llava"):
         load_student(str(tiny.language_model))
 
 

@@ -19,7 +19,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from llavakd.models.student import ModelError
+from llavakd.models.parts import ModelError
 from llavakd.models.tinyllava import convert
 
 SYSTEM = (

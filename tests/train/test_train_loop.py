@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from llavakd.config import StudentConfig, parse_recipe
-from llavakd.data.collate import RowDataset
+from llavakd.data.collate import RowDataset, Source
 from llavakd.data.samples import load_samples
 from llavakd.evaluate.generate import make_renderer
 from llavakd.models.student import build_student
@@ -40,12 +40,8 @@ def start_stage(request, tiny, tmp_path):
         accelerator = Accelerator(cpu=True)
         module, optimizer = accelerator.prepare(module, build_optimizer(module, stage))
         data = recipe.data["mixed"]
-        dataset = RowDataset(
-            load_samples(data),
-            make_renderer(student, data),
-            images=data.images,
-            image_processor=student.image_processor,
-        )
+        source = Source(samples=load_samples(data), renderer=make_renderer(student, data), data=data)
+        dataset = RowDataset([source], image_processor=student.image_processor)
         parts = {"module": module, "optimizer": optimizer, "student": student}
         state = TrainState(accelerator=accelerator, teacher=None, pair=None, stage=stage, **parts)
         return loop.run_stage(state, dataset, recipe, tmp_path)

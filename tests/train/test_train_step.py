@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 
 from llavakd.config import DataConfig, LossConfig, StageConfig, StudentConfig, TeacherConfig
 from llavakd.data.chat import Segment
-from llavakd.data.collate import RowDataset, collate
+from llavakd.data.collate import RowDataset, Source, collate
 from llavakd.data.samples import load_samples
 from llavakd.errors import UserError
 from llavakd.evaluate.generate import make_renderer
@@ -47,7 +47,8 @@ def batch_of(tiny, model, *, pictures: set[int], rows: int = 2, teacher_processo
     data = DataConfig(path=str(tiny.mixed), images=str(tiny.world / "images"), template="chatml", max_length=400)
     samples = [sample for sample in load_samples(data) if len(sample.images) in pictures][:rows]
     processors = {"image_processor": model.image_processor, "teacher_processor": teacher_processor}
-    dataset = RowDataset(samples, make_renderer(model, data), images=data.images, **processors)
+    source = Source(samples=samples, renderer=make_renderer(model, data), data=data)
+    dataset = RowDataset([source], **processors)
     return collate([dataset[index] for index in range(rows)], pad_token_id=model.tokenizer.pad_token_id)
 
 
@@ -112,6 +113,29 @@ def expected_parts(student, teacher, batch) -> dict[str, float]:
             distances = [1 - (a * b).sum() / (a.norm() * b.norm()) for a, b in pictures]
             sums["relation"] += sum(distances) / len(distances)
     return {name: float(value) / len(ours) for name, value in sums.items()}
+
+
+def test_a_row_that_was_left_out_changes_nothing_but_its_count(tiny, state):
+    """Three rows and a placeholder give the parts, the norm and the tokens of the three rows alone."""
+    data = DataConfig(path=str(tiny.mixed), images=str(tiny.world / "images"), template="chatml", max_length=400)
+    samples = load_samples(data)
+    lost = dataclasses.replace(samples[0], images=("gone.png",))
+    renderer = make_renderer(state.student, data)
+
+    def step(chosen):
+        rows = RowDataset(
+            [Source(samples=chosen, renderer=renderer, data=data)], image_processor=state.student.image_processor
+        )
+        batch = collate(rows.__getitems__(range(len(rows))), pad_token_id=0)
+        return train_step(dataclasses.replace(state, optimizer=unmoved), [batch], step=0)
+
+    unmoved = build_optimizer(state.module, dataclasses.replace(STAGE, learning_rate=0.0))
+    whole, short = step([*samples[:2], lost, samples[20]]), step([*samples[:2], samples[20]])
+    assert (whole.left_out, short.left_out) == (1, 0)
+    assert whole.tokens == short.tokens
+    for name, value in short.parts.items():
+        assert float(whole.parts[name]) == pytest.approx(float(value), rel=1e-5), name
+    assert float(whole.grad_norm) == pytest.approx(float(short.grad_norm), rel=1e-5)
 
 
 @pytest.mark.parametrize("state", ["shared tower", "towers of their own", "pixels of their own"], indirect=True)
@@ -186,11 +210,12 @@ def test_a_learning_tower_is_reached_by_gradients_and_a_frozen_one_is_not(tiny):
 
 
 def test_a_stage_has_whole_global_batches_only_and_at_least_one():
-    assert total_steps(20, 8, 1.0, "d") == 2
-    assert total_steps(20, 8, 2.5, "d") == 5
-    assert total_steps(8, 8, 0.01, "d") == 1
+    def steps(rows, epochs):
+        return total_steps(rows, dataclasses.replace(STAGE, data="d", global_batch_size=8, epochs=epochs))
+
+    assert (steps(20, 1.0), steps(20, 2.5), steps(8, 0.01)) == (2, 5, 1)
     with pytest.raises(UserError, match=r"'d' has 7 rows.*global_batch_size 8"):
-        total_steps(7, 8, 1.0, "d")
+        steps(7, 1.0)
 
 
 class _OneStage:

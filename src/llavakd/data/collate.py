@@ -1,4 +1,4 @@
-"""Rows -> a padded `Batch`; pictures -> pixel values through the vision tower's own processor."""
+"""Rows -> a padded `Batch`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from llavakd.config import DataConfig
 from llavakd.data.chat import IGNORE_INDEX, ChatRenderer, Rendered, Segment
 from llavakd.data.features import FeatureStore
-from llavakd.data.samples import Sample, read_image
+from llavakd.data.files import DataError
+from llavakd.data.pictures import load_pixels
+from llavakd.data.samples import Sample, word_lengths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,8 @@ class Batch:
     teacher_pixel_values: Tensor | None = None
     sample_ids: tuple[str, ...] = ()
     truncated: int = 0
+    mistakes: tuple[str, ...] = ()
+    """What is wrong with the rows that could not be used; a single unsupervised token stands for each."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -58,68 +63,91 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One sample, rendered, with its pictures as pixels or features."""
+    """One sample, rendered, with its pictures as pixels or features; or what is wrong with it."""
 
     id: str
     text: Rendered
-    pixels: Tensor | None
-    features: Tensor | None
+    pixels: Tensor | None = None
+    features: Tensor | None = None
     teacher_pixels: Tensor | None = None
+    mistake: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A data source and how it is read; a weight of 2.5 gives all of its rows twice and half of them once more."""
+
+    samples: Sequence[Sample]
+    renderer: ChatRenderer
+    data: DataConfig
+    store: FeatureStore | None = None
+    weight: float = 1.0
 
 
 class RowDataset(Dataset[Row]):
-    """Samples, rendered and with pictures loaded when asked for."""
+    """Rows of one or several sources, rendered and with pictures loaded when asked for; `seed` draws part sources."""
 
     def __init__(
-        self,
-        samples: Sequence[Sample],
-        renderer: ChatRenderer,
-        *,
-        images: str | None,
-        image_processor: Any,
-        teacher_processor: Any = None,
-        store: FeatureStore | None = None,
+        self, sources: Sequence[Source], *, image_processor: Any, teacher_processor: Any = None, seed: int = 0
     ) -> None:
-        self.samples = samples
-        self.renderer = renderer
-        self.images = images or ""
+        self.sources = sources
         self.image_processor = image_processor
         self.teacher_processor = teacher_processor
-        self.store = store
+        drawn = [_drawn(len(source.samples), source.weight, seed) for source in sources]
+        self._places = np.stack([np.repeat(np.arange(len(sources)), [*map(len, drawn)]), np.concatenate(drawn)], axis=1)
+        self.lengths = np.concatenate(
+            [word_lengths(one.samples)[rows] for one, rows in zip(sources, drawn, strict=True)]
+        )
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self._places)
 
     def __getitem__(self, index: int) -> Row:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Row]:
-        """The rows of one micro-batch together (torch's loader calls this): one tokenizer call for all."""
-        samples = [self.samples[index] for index in indices]
+        """The rows of one micro-batch together (torch's loader calls this): one tokenizer call for each source."""
+        found: dict[int, Row] = {}
+        for number, source in enumerate(self.sources):
+            mine = [index for index in indices if self._places[index, 0] == number]
+            samples = [source.samples[int(self._places[index, 1])] for index in mine]
+            try:
+                rows = self._rows(source, samples)
+            except DataError:
+                rows = [self._row_or_mistake(source, sample) for sample in samples]
+            found |= zip(mine, rows, strict=True)
+        return [found[index] for index in indices]
+
+    def _rows(self, source: Source, samples: Sequence[Sample]) -> list[Row]:
+        def pixels(sample: Sample, processor: Any) -> Tensor | None:
+            unwanted = processor is None or source.store is not None or not sample.images
+            return None if unwanted else load_pixels(source.data, sample.images, processor)
+
         return [
             Row(
                 id=sample.id,
                 text=text,
-                pixels=self._pixels(sample, self.image_processor),
-                features=self._features(sample),
-                teacher_pixels=self._pixels(sample, self.teacher_processor),
+                pixels=pixels(sample, self.image_processor),
+                features=source.store.get(sample.images) if source.store and sample.images else None,
+                teacher_pixels=pixels(sample, self.teacher_processor),
             )
-            for sample, text in zip(samples, self.renderer.render_many(samples), strict=True)
+            for sample, text in zip(samples, source.renderer.render_many(samples), strict=True)
         ]
 
-    def _pixels(self, sample: Sample, processor: Any) -> Tensor | None:
-        if processor is None or self.store is not None or not sample.images:
-            return None
-        return load_pixels(self.images, sample.images, processor)
+    def _row_or_mistake(self, source: Source, sample: Sample) -> Row:
+        try:
+            return self._rows(source, [sample])[0]
+        except DataError as error:
+            nothing = Rendered(ids=[source.renderer.end_token_id], labels=[IGNORE_INDEX], segments=[Segment.PROMPT])
+            return Row(id=sample.id, text=nothing, mistake=f"row {sample.id!r} left out: {error}")
 
-    def _features(self, sample: Sample) -> Tensor | None:
-        return self.store.get(sample.images) if self.store is not None and sample.images else None
 
-
-def load_pixels(images: str, names: Sequence[str], image_processor: Any) -> Tensor:
-    """Pictures of one folder -> float32 [len(names), 3, H, W]."""
-    pictures = [read_image(images, name) for name in names]
-    return image_processor(images=pictures, return_tensors="pt").pixel_values
+def _drawn(rows: int, weight: float, seed: int) -> np.ndarray:
+    """round(weight * rows) row numbers of a source: all of them as often as that allows, the rest by chance."""
+    times, rest = divmod(round(weight * rows), max(rows, 1))
+    return np.concatenate(
+        [np.tile(np.arange(rows), times), np.sort(np.random.default_rng(seed).permutation(rows)[:rest])]
+    )
 
 
 def collate(rows: Sequence[Row], *, pad_token_id: int) -> Batch:
@@ -149,4 +177,5 @@ def collate(rows: Sequence[Row], *, pad_token_id: int) -> Batch:
         teacher_pixel_values=torch.cat(teacher_pixels) if teacher_pixels else None,
         sample_ids=tuple(row.id for row in rows),
         truncated=sum(row.text.truncated for row in rows),
+        mistakes=tuple(row.mistake for row in rows if row.mistake),
     )

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from torch.utils.data import Sampler
 
-from llavakd.data.samples import Sample
-
 _LENGTH_POOL = 50  # global batches sorted together by `length`, as transformers' group_by_length
-
-
-def word_lengths(samples: Sequence[Sample]) -> np.ndarray:
-    """Whitespace word count of each row, negative without a picture (LLaVA's modality length)."""
-    words = [sum(len(turn.text.split()) for turn in sample.turns) for sample in samples]
-    return np.array([max(n, 1) if sample.images else -max(n, 1) for n, sample in zip(words, samples, strict=True)])
 
 
 def plan_epoch(

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import json
-import os
 import re
-import zipfile
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
+import numpy as np
 
 from llavakd.config import DataConfig, SubsetConfig
-from llavakd.errors import UserError
+from llavakd.data.files import DataError, row_at, scan
+from llavakd.data.pictures import has_picture
 
 IMAGE_TAG = "<image>"
+_SPEAKERS = {"user": "human", "assistant": "gpt"}
 _ROLES: dict[str, Literal["user", "assistant"]] = {"human": "user", "gpt": "assistant"}
-
-
-class DataError(UserError):
-    """A data file or one of its rows is wrong; the message names the row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,33 +40,91 @@ class Sample:
     type: str | None = None
 
 
-def load_samples(data: DataConfig) -> list[Sample]:
-    """Read a LLaVA JSON list (fields id, image, conversations, optional type).
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Samples(Sequence[Sample]):
+    """The good rows of a data file, read from it when asked for.
+
+    rows: how many the file has, good and bad.
+    mistakes: what is wrong with each bad one.
+    places: uint64 [n, 3], where a good row starts in the file, how long it is, and which it is.
+    lengths: int32 [n], their `word_lengths`.
+    """
+
+    path: Path
+    rows: int
+    mistakes: tuple[str, ...]
+    places: np.ndarray
+    lengths: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        return parse_row(self.raw(index), f"{self.path.name} row {self.places[index, 2]}")
+
+    def raw(self, index: int) -> Any:
+        """The row as the file has it."""
+        start, size, _ = self.places[index].tolist()
+        return row_at(self.path, (start, size))
+
+
+def load_samples(data: DataConfig, max_bad_rows: float = 0.0, *, find_pictures: bool = False) -> Samples:
+    """Look every row of a data file over, holding none of them; with `find_pictures` also whether its pictures are there.
+
+    A row is LLaVA's (id, image, conversations, optional type) or has `messages` and `images`.
 
     Raises:
-        DataError: unreadable or malformed file; names the first wrong row.
+        DataError: an unreadable or malformed file; more than this share of wrong rows (the first are named).
     """
-    path = Path(data.path)
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(
-            f"cannot read {path}: {error.strerror}; set the source's `path` to a LLaVA-format JSON file"
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path} is not JSON ({error}); expected a list of rows with id, image, conversations"
-        ) from error
-    if not isinstance(rows, list) or not rows:
-        got = "an empty list" if isinstance(rows, list) else f"a {type(rows).__name__}"
-        raise DataError(f"{path} holds {got}; expected a list of rows with id, image, conversations")
-    samples = [parse_row(row, f"{path.name} row {index}") for index, row in enumerate(rows)]
-    kept = _subset(samples, data.subset) if data.subset else samples
-    if not kept:
-        raise DataError(f"{path}: subset {data.subset} keeps none of {len(samples)} rows; widen start and stop")
-    if data.images is None and any(sample.images for sample in kept):
+    path, rows, mistakes, pictures = Path(data.path), 0, [], False
+    places, lengths = array("Q"), array("i")
+    for rows, (place, row) in enumerate(scan(path), start=1):
+        try:
+            sample = parse_row(row, place_of_row := f"{path.name} row {rows - 1}")
+            lost = [name for name in sample.images if find_pictures and not has_picture(data, name)]
+            if lost and data.images:
+                raise DataError(f"{place_of_row} (id {sample.id!r}): no picture {lost[0]!r} in {data.images}")
+        except DataError as error:
+            mistakes.append(str(error))
+            continue
+        if data.subset is None or _in_subset(sample.id, data.subset):
+            pictures = pictures or any(not name.startswith("@") for name in sample.images)
+            places.extend((*place, rows - 1))
+            lengths.extend(word_lengths([sample]).tolist())
+    if len(mistakes) > max_bad_rows * rows:
+        raise too_many(mistakes, len(mistakes), rows, max_bad_rows)
+    if not lengths and not mistakes:
+        raise DataError(f"{path}: subset {data.subset} keeps none of {rows} rows; widen start and stop")
+    if data.images is None and pictures:
         raise DataError(f"{path} has rows with pictures, but the source has no `images`; set it to their folder")
-    return kept
+    return Samples(
+        path=path,
+        rows=rows,
+        mistakes=tuple(mistakes),
+        places=np.array(places, np.uint64).reshape(-1, 3),
+        lengths=np.array(lengths, np.int32),
+    )
+
+
+def too_many(mistakes: Sequence[str], count: int, rows: int, allowed: float) -> DataError:
+    """The error that says so: the first few mistakes, and how many there are of how many rows."""
+    if count == 1 and not allowed:
+        return DataError(mistakes[0])
+    return DataError(
+        "\n".join([*mistakes[:3], *["..."][: max(0, count - 3)]])
+        + f"\n{count} of {rows} rows cannot be used and max_bad_rows allows a share of {allowed:g}; `llava-kd check` "
+        "names them all"
+    )
+
+
+def word_lengths(samples: Sequence[Sample]) -> np.ndarray:
+    """Whitespace word count of each row, int32, negative without a picture (LLaVA's modality length)."""
+    if isinstance(samples, Samples):
+        return samples.lengths
+    words = [max(1, sum(len(turn.text.split()) for turn in sample.turns)) for sample in samples]
+    return np.array([n if sample.images else -n for n, sample in zip(words, samples, strict=True)], np.int32)
 
 
 def parse_row(row: Any, place: str) -> Sample:
@@ -80,14 +132,15 @@ def parse_row(row: Any, place: str) -> Sample:
     if not isinstance(row, dict):
         raise DataError(f"{place}: got a {type(row).__name__}, expected an object with id, image, conversations")
     place = f"{place} (id {row.get('id')!r})"
-    image = row.get("image")
+    image = row.get("images") if row.get("image") is None else row["image"]
     names = [] if image is None else [image] if isinstance(image, str) else image
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise DataError(f"{place}: `image` is {image!r}, expected a file name or a list of them")
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise DataError(f"{place}: `image` {name!r} leaves the picture folder; use a path inside it")
-    turns = _parse_turns(row.get("conversations"), place)
+    messages = row.get("messages")
+    turns = _parse_turns(row.get("conversations") if messages is None else _as_conversations(messages, place), place)
     tags = sum(turn.images for turn in turns)
     if tags != len(names):
         raise DataError(
@@ -121,35 +174,31 @@ def _parse_turns(conversations: Any, place: str) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def _subset(samples: Sequence[Sample], subset: SubsetConfig) -> list[Sample]:
-    pattern = re.compile(subset.group)
-    kept = []
-    for sample in samples:
-        match = pattern.search(sample.id)
-        if match is None:
-            raise DataError(f"row id {sample.id!r} does not match subset.group {subset.group!r}; mend the expression")
-        digest = hashlib.sha256(match.group().encode()).digest()
-        if subset.start <= int.from_bytes(digest[:8], "big") / 2**64 < subset.stop:
-            kept.append(sample)
-    return kept
+def _as_conversations(messages: Any, place: str) -> list[Any]:
+    """Chat messages (role, content as text or as parts) in LLaVA's form."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise DataError(f"{place}: `messages` is {messages!r}, expected a list of {{role: user|assistant, content}}")
+    found = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            content = "".join(_part_text(part, place) for part in content)
+        found.append({"from": _SPEAKERS.get(message.get("role"), message.get("role")), "value": content})
+    return found
 
 
-def read_image(images: str, name: str) -> Image.Image:
-    """The picture `name` of a folder or zip archive, as RGB.
-
-    Raises:
-        DataError: missing or unreadable picture, named.
-    """
-    try:
-        source: io.BytesIO | Path = Path(images) / name
-        if images.endswith(".zip"):  # one handle per process: forked workers must not share a file position
-            source = io.BytesIO(_archive(images, os.getpid()).read(name))
-        with Image.open(source) as picture:
-            return picture.convert("RGB")
-    except Exception as error:  # a damaged picture or archive makes PIL and zipfile raise a dozen unrelated types
-        raise DataError(f"cannot read picture {name!r} of {images}: {type(error).__name__}: {error}") from error
+def _part_text(part: Any, place: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "image":
+        return IMAGE_TAG
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise DataError(f"{place}: content part {part!r}, expected {{type: text, text}} or {{type: image}}")
+    return part["text"]
 
 
-@lru_cache(maxsize=4)
-def _archive(path: str, pid: int) -> zipfile.ZipFile:
-    return zipfile.ZipFile(path)
+def _in_subset(name: str, subset: SubsetConfig) -> bool:
+    match = re.search(subset.group, name)
+    if match is None:
+        raise DataError(f"row id {name!r} does not match subset.group {subset.group!r}; mend the expression")
+    digest = hashlib.sha256(match.group().encode()).digest()
+    return subset.start <= int.from_bytes(digest[:8], "big") / 2**64 < subset.stop

@@ -10,7 +10,7 @@ import torch
 
 from llavakd.config import DataConfig, EvaluationConfig
 from llavakd.data.chat import Segment
-from llavakd.data.collate import load_pixels
+from llavakd.data.pictures import load_pixels
 from llavakd.data.samples import Sample
 from llavakd.evaluate.generate import Answer, generate_answers, make_renderer
 from llavakd.evaluate.scoring import is_correct, score
@@ -62,7 +62,7 @@ def probe_gram(model: VisionLanguageModel, sample: Sample, data: DataConfig) -> 
     device = model.model.device
     ids = torch.tensor([text.ids], device=device)
     visual = torch.tensor([text.segments], device=device) == Segment.VISUAL
-    pixels = load_pixels(data.images or "", sample.images, model.image_processor).to(device, model.model.dtype)
+    pixels = load_pixels(data, sample.images, model.image_processor).to(device, model.model.dtype)
     hidden = final_hidden(model.model, ids, torch.ones_like(ids), visual, vision_features(model.model, pixels))
     return gram(hidden[visual][None, : model.tokens_per_image], model.head)[0].cpu().numpy()
 

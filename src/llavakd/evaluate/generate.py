@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from llavakd.config import DataConfig
 from llavakd.data.chat import ChatRenderer
-from llavakd.data.collate import load_pixels
+from llavakd.data.pictures import load_pixels
 from llavakd.data.samples import Sample
 from llavakd.models.student import VisionLanguageModel
 from llavakd.progress import bar
@@ -61,7 +61,7 @@ def generate_answers(
             inputs = tokenizer.pad(ids, padding_side="left", return_attention_mask=True, return_tensors="pt").to(device)
             names = [name for index in chunk for name in samples[index].images]
             if names:
-                pixels = load_pixels(data.images or "", names, model.image_processor)
+                pixels = load_pixels(data, names, model.image_processor)
                 inputs["pixel_values"] = pixels.to(device, model.model.dtype)
             output = model.model.generate(**inputs, **ends, do_sample=False, max_new_tokens=max_new_tokens)
             texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

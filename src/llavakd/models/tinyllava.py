@@ -17,10 +17,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessorPil
+from transformers import AutoConfig, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
-from llavakd.models import student
-from llavakd.models.student import ModelError, VisionLanguageModel
+from llavakd.models import parts
+from llavakd.models.parts import ModelError
+from llavakd.models.student import VisionLanguageModel, save_model
 
 # Config keys of TinyLLaVA and of LLaVA-1.5.
 _KEYS = ("vision_model_name_or_path", "connector_type", "vision_feature_layer", "vision_feature_select_strategy")
@@ -51,23 +52,20 @@ def convert(source: Path, target: Path, *, tokenizer: str | None = None, vision_
     words_from = _place("--tokenizer", tokenizer, source / "tokenizer_config.json", named)
     tower = vision_tower or config.get("vision_model_name_or_path")
     pixels_from = _place("--vision-tower", vision_tower, source / "preprocessor_config.json", tower)
-    pixels = student.load_image_processor(pixels_from)
-    if config["image_aspect_ratio"] == "pad":
-        settings = {key: value for key, value in pixels.to_dict().items() if key != "image_processor_type"}
-        pixels = LlavaImageProcessorPil(**settings | {"do_pad": True})
+    pixels = parts.load_image_processor(pixels_from, mode=config["image_aspect_ratio"])
     llava = _llava_config(config, tower, pixels)
-    words = student.load(AutoTokenizer, words_from, config=llava.text_config)
+    words = parts.load(AutoTokenizer, words_from, config=llava.text_config)
     found = {key: tensor for key, tensor in _read_weights(source).items() if not _UNUSED.search(key)}
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in found.values()))
     state = _match(found, llava, config, tower)
     model = LlavaForConditionalGeneration.from_pretrained(None, config=llava, state_dict=state, dtype=dtype)
-    student.check_language_model(student.extract_language_model(model), str(source))
+    parts.check_language_model(parts.extract_language_model(model), str(source))
     if max(words.get_vocab().values()) >= (rows := len(model.lm_head.weight)):
         raise ModelError(f"{words_from} has ids beyond the checkpoint's {rows} rows; give its own with --tokenizer")
-    model.config.image_token_id = student.ensure_image_token(words, model)
+    model.config.image_token_id = parts.ensure_image_token(words, model)
     model.config.pad_token_id, model.config.eos_token_id = words.pad_token_id, words.eos_token_id
     whole = VisionLanguageModel(model=model, tokenizer=words, image_processor=pixels)
-    student.save_model(whole, target, template="vicuna_v1")
+    save_model(whole, target, template="vicuna_v1")
     return (
         f"{target}: {llava.vision_config.model_type} + {config['connector_type']} + {llava.text_config.model_type}, "
         f"{dtype}, {llava.image_seq_length} visual tokens, <image> is id {whole.image_token_id}; tokenizer from {words_from}, "
@@ -113,16 +111,16 @@ def _place(option: str, given: str | None, own: Path, named: str | None) -> str:
 def _llava_config(config: dict[str, Any], tower: str | None, pixels: Any) -> LlavaConfig:
     text = _part_config(config, "text_config")
     mm = "mm_vision_tower" in config
-    vision = student.load(AutoConfig, str(tower)) if mm else _part_config(config, "vision_config")
-    vision = student.tower_config(vision, str(tower))
+    vision = parts.load(AutoConfig, str(tower)) if mm else _part_config(config, "vision_config")
+    vision = parts.tower_config(vision, str(tower))
     strategy = _STRATEGIES[config["vision_feature_select_strategy"]]
     return LlavaConfig(
         vision_config=vision,
         text_config=text,
-        projector_hidden_act=student.PROJECTORS[config["connector_type"]],
+        projector_hidden_act=parts.PROJECTORS[config["connector_type"]],
         vision_feature_layer=config["vision_feature_layer"],
         vision_feature_select_strategy=strategy,
-        image_seq_length=student.count_image_tokens(vision, strategy, pixels),
+        image_seq_length=parts.count_image_tokens(vision, strategy, pixels),
         tie_word_embeddings=text.tie_word_embeddings,
     )
 
@@ -142,7 +140,7 @@ def _match(left: dict[str, Tensor], llava: LlavaConfig, config: dict[str, Any], 
     spelled = dict(zip(_PARTS, _LLAVA if "mm_vision_tower" in config else _TINY, strict=True))
     head, text, vision, projector = _PARTS
     if "mm_vision_tower" in config and not any(key.startswith(spelled[vision]) for key in left):
-        weights = student.load_vision_tower(str(tower), scratch=False).state_dict()
+        weights = parts.load_vision_tower(str(tower), scratch=False).state_dict()
         left |= {spelled[vision] + key: tensor for key, tensor in weights.items()}
     if any(key.startswith(f"{spelled[vision]}vision_model.") for key in left):
         spelled[vision] += "vision_model."

@@ -18,9 +18,10 @@ from accelerate.utils import reduce
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from llavakd.config import Recipe
+from llavakd.config import Recipe, StageConfig
 from llavakd.data.collate import Batch, RowDataset, collate
-from llavakd.data.sampler import MicroBatches, Shard, word_lengths
+from llavakd.data.sampler import MicroBatches, Shard
+from llavakd.data.samples import too_many
 from llavakd.errors import UserError
 from llavakd.progress import Interrupted, bar, say
 from llavakd.train.checkpoint import load_checkpoint, newest_whole, prune, save_checkpoint, write_text
@@ -36,6 +37,7 @@ class Progress:
     seconds: float = 0.0
     tokens: int = 0
     truncated: int = 0
+    left_out: int = 0
 
 
 @dataclass
@@ -62,14 +64,15 @@ class Window:
         }
 
 
-def total_steps(rows: int, global_batch_size: int, epochs: float, source: str) -> int:
+def total_steps(rows: int, stage: StageConfig) -> int:
     """Optimiser steps of a stage: whole global batches only, at least one; raises UserError where there is none."""
-    per_epoch = rows // global_batch_size
+    per_epoch = rows // stage.global_batch_size
     if not per_epoch:
         raise UserError(
-            f"data source {source!r} has {rows} rows, fewer than global_batch_size {global_batch_size}; lower it"
+            f"data source {' + '.join(stage.sources)!r} has {rows} rows, fewer than global_batch_size "
+            f"{stage.global_batch_size}; lower it"
         )
-    return max(1, round(per_epoch * epochs))
+    return max(1, round(per_epoch * stage.epochs))
 
 
 def run_stage(state: TrainState, dataset: RowDataset, recipe: Recipe, folder: Path) -> Progress:
@@ -77,9 +80,10 @@ def run_stage(state: TrainState, dataset: RowDataset, recipe: Recipe, folder: Pa
 
     Raises:
         Interrupted: after Ctrl-C or SIGTERM, once the step in progress is saved.
+        DataError: more than `max_bad_rows` of the stage's rows could not be used.
     """
     stage, accelerator = state.stage, state.accelerator
-    steps = total_steps(len(dataset), stage.global_batch_size, stage.epochs, stage.data)
+    steps = total_steps(len(dataset), stage)
     progress = _restore(state, folder)
     shard = shard_of(recipe, stage.name, rank=accelerator.process_index, world_size=accelerator.num_processes)
     accumulation = stage.global_batch_size // (shard.micro_batch_size * shard.world_size)
@@ -97,10 +101,18 @@ def run_stage(state: TrainState, dataset: RowDataset, recipe: Recipe, folder: Pa
     with bar(stage.name, steps, shown=main) as advance, _stop_signals() as stopped:
         while progress.step < steps:
             set_learning_rate(state.optimizer, rate := learning_rate(progress.step, steps=steps, stage=stage))
-            result = train_step(state, [next(batches) for _ in range(accumulation)], step=progress.step)
+            micro_batches = [next(batches) for _ in range(accumulation)]
+            mistakes = [mistake for batch in micro_batches for mistake in batch.mistakes]
+            for mistake in mistakes:
+                say(mistake)
+            result = train_step(state, micro_batches, step=progress.step)
             progress.step += 1
             progress.tokens += result.tokens
             progress.truncated += result.truncated
+            progress.left_out += result.left_out
+            rows = steps * stage.global_batch_size
+            if progress.left_out > recipe.max_bad_rows * rows:
+                raise too_many(mistakes, progress.left_out, rows, recipe.max_bad_rows)
             progress.seconds = before + time.perf_counter() - started
             window.add(result)
             if progress.step % recipe.log_every == 0 or progress.step == steps:
@@ -136,7 +148,7 @@ def _batches(
     dataset: RowDataset, recipe: Recipe, state: TrainState, shard: Shard, start: int, steps: int
 ) -> Iterator[Batch]:
     sampler = MicroBatches(
-        word_lengths(dataset.samples),
+        dataset.lengths,
         global_batch_size=state.stage.global_batch_size,
         grouping=state.stage.grouping,
         seed=recipe.seed,
@@ -207,6 +219,7 @@ def _log(folder: Path, accelerator: Any, stage: str, progress: Progress, rate: f
         "lr": rate,
         "memory_gib": memory,
         "truncated": progress.truncated,
+        "left_out": progress.left_out,
     }
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(

@@ -88,6 +88,7 @@ class StepResult:
     grad_norm: Tensor
     tokens: int
     truncated: int
+    left_out: int
 
 
 def train_step(state: TrainState, micro_batches: Sequence[Batch], *, step: int) -> StepResult:
@@ -97,7 +98,7 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch], *, step: int) 
         NonFiniteError: before anything is updated.
     """
     accelerator = state.accelerator
-    counts, tokens, truncated = _count(accelerator, micro_batches)
+    counts, tokens, truncated, left_out = _count(accelerator, micro_batches)
     outputs = []
     for index, batch in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
@@ -122,7 +123,8 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch], *, step: int) 
     state.optimizer.step()
     state.optimizer.zero_grad()
     loss = sums.pop("loss")
-    return StepResult(loss=loss, parts=sums, grad_norm=grad_norm, tokens=tokens, truncated=truncated)
+    counted = {"tokens": tokens, "truncated": truncated, "left_out": left_out}
+    return StepResult(loss=loss, parts=sums, grad_norm=grad_norm, **counted)
 
 
 def _forward(state: TrainState, batch: Batch, counts: Counts) -> Objective:
@@ -146,18 +148,19 @@ def _forward(state: TrainState, batch: Batch, counts: Counts) -> Objective:
     return state.module(batch, features, taught, head, counts)
 
 
-def _count(accelerator: Accelerator, micro_batches: Sequence[Batch]) -> tuple[Counts, int, int]:
-    """Counts of the global batch, its live tokens and its truncated rows, over all micro-batches and ranks."""
+def _count(accelerator: Accelerator, micro_batches: Sequence[Batch]) -> tuple[Counts, int, int, int]:
+    """Counts of the global batch, its live tokens, truncated and left-out rows, over all micro-batches and ranks."""
     local = [
         (
             *count(batch.labels, batch.segments == Segment.VISUAL, batch.image_rows),
-            int(batch.attention_mask.sum()),
+            int(batch.attention_mask.sum()) - len(batch.mistakes),
             batch.truncated,
+            len(batch.mistakes),
         )
         for batch in micro_batches
     ]
     totals = torch.tensor(local, device=accelerator.device).sum(0)
     if accelerator.num_processes > 1:
         totals = reduce(totals, "sum")
-    *counts, tokens, truncated = totals.tolist()
-    return Counts(*counts), tokens, truncated
+    samples, *counts, tokens, truncated, left_out = totals.tolist()
+    return Counts(samples - left_out, *counts), tokens, truncated, left_out

@@ -1,0 +1,151 @@
+"""Data files as rows that are read when asked for: a JSON list, JSON lines, parquet, or a saved `datasets` folder."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llavakd.errors import UserError
+
+_BLOCK = 2**22  # bytes read at a time
+_SPACE = re.compile(r"\s*")
+_EXPECTED = "expected a list of rows with id, image, conversations"
+
+
+class DataError(UserError):
+    """A data file or one of its rows is wrong; the message names the row."""
+
+
+def scan(path: Path) -> Iterator[tuple[tuple[int, int], Any]]:
+    """((where, how long), row) of every row in order, holding a few of them at a time.
+
+    Raises:
+        DataError: an unreadable file, or one that is neither a list nor lines of JSON nor a table.
+    """
+    if is_table(path):
+        yield from (((index, 1), row_at(path, (index, 1))) for index in range(len(_table(str(path)))))
+        return
+    try:
+        with path.open("rb") as file:
+            yield from _scan_lines(file) if path.suffix == ".jsonl" else _scan_list(file, path)
+    except OSError as error:
+        raise DataError(
+            f"cannot read {path}: {error.strerror}; set the source's `path` to a LLaVA-format JSON file"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not JSON ({error}); {_EXPECTED}") from error
+
+
+def row_at(path: Path, place: tuple[int, int]) -> Any:
+    """The row that `scan` found at this place; pictures inside a table become the names `@ROW/NUMBER`."""
+    if not is_table(path):
+        return json.loads(os.pread(_descriptor(str(path), os.getpid()), place[1], place[0]))
+    row = dict(_table(str(path))[place[0]])
+    for key in ("images", "image"):
+        if row.get(key) is not None:
+            entries = row[key] if isinstance(row[key], list) else [row[key]]
+            row[key] = [
+                f"@{place[0]}/{number}" if isinstance(entry, dict) and entry.get("bytes") else _path_of(entry)
+                for number, entry in enumerate(entries)
+            ]
+    return row
+
+
+def stored_picture(path: Path, name: str) -> bytes:
+    """The encoded bytes of the picture that `row_at` called `name`."""
+    row, number = (int(part) for part in name.removeprefix("@").split("/"))
+    found = _table(str(path))[row]
+    entries = found.get("images") or found.get("image")
+    return (entries if isinstance(entries, list) else [entries])[number]["bytes"]
+
+
+def is_table(path: Path) -> bool:
+    """Whether `datasets` reads it: parquet, or a folder that `save_to_disk` wrote."""
+    return path.suffix == ".parquet" or path.is_dir()
+
+
+def _path_of(entry: Any) -> Any:
+    return entry.get("path") if isinstance(entry, dict) else entry
+
+
+def _scan_lines(file: BinaryIO) -> Iterator[tuple[tuple[int, int], Any]]:
+    offset = 0
+    for line in file:
+        if line.strip():
+            yield (offset, len(line)), json.loads(line)
+        offset += len(line)
+
+
+def _scan_list(file: BinaryIO, path: Path) -> Iterator[tuple[tuple[int, int], Any]]:
+    """Elements of a JSON list, of which a part stands in memory; an element cut by the part's end is tried again."""
+    decode, read = json.JSONDecoder().raw_decode, codecs.getincrementaldecoder("utf-8")().decode
+    _open_list(file, path)
+    text, position, offset, rows = "", 0, file.tell(), 0
+    while True:
+        first = _past_space(text, position)
+        if text[first : first + 1] == "]":
+            break
+        if rows and first < len(text):
+            if text[first] != ",":
+                raise DataError(f"{path} is not JSON (no comma before row {rows}, after byte {offset}); {_EXPECTED}")
+            first = _past_space(text, first + 1)
+        try:
+            row, end = decode(text, first)
+        except json.JSONDecodeError as error:
+            block = file.read(_BLOCK)
+            if not block:
+                raise DataError(f"{path} is not JSON ({error.msg} in row {rows}, after byte {offset})") from error
+            text, position = text[position:] + read(block, len(block) < _BLOCK), 0
+            continue
+        offset += first - position
+        size = end - first if text.isascii() else len(text[first:end].encode())
+        yield (offset, size), row
+        rows, offset, position = rows + 1, offset + size, end
+    if (text[first + 1 :] + file.read().decode()).strip():
+        raise DataError(f"{path} is not JSON (something follows the list's end, after byte {offset}); {_EXPECTED}")
+    if not rows:
+        raise DataError(f"{path} holds an empty list; {_EXPECTED}")
+
+
+def _open_list(file: BinaryIO, path: Path) -> None:
+    while (opening := file.read(1)).isspace():
+        pass
+    if opening != b"[":
+        raise DataError(f"{path} holds a {type(json.loads(opening + file.read())).__name__}; {_EXPECTED}")
+
+
+def _past_space(text: str, position: int) -> int:
+    return _SPACE.match(text, position).end()  # type: ignore[union-attr]  # it matches nothing, too
+
+
+@lru_cache(maxsize=16)
+def _descriptor(path: str, pid: int) -> int:
+    return os.open(path, os.O_RDONLY)  # one a process: forked workers must not share what may be closed
+
+
+@lru_cache(maxsize=16)
+def _table(path: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"{path} is a table; install what reads it: pip install 'llava-kd[tables]'") from error
+    try:
+        if path.endswith(".parquet"):
+            table = datasets.Dataset.from_parquet(path)
+        else:
+            table = datasets.load_from_disk(path)
+    except Exception as error:  # pyarrow and datasets raise a dozen unrelated types for a damaged table
+        raise DataError(f"cannot read {path}: {type(error).__name__}: {error}") from error
+    pictures = datasets.Image(decode=False)
+    for name, kind in table.features.items():
+        if isinstance(kind, datasets.Image):
+            table = table.cast_column(name, pictures)
+        elif isinstance(getattr(kind, "feature", None), datasets.Image):
+            table = table.cast_column(name, datasets.Sequence(pictures))
+    return table

@@ -1,0 +1,214 @@
+"""The parts of a vision-language model, loaded from folders or hub names, and what stock transformers can hold."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AyaVisionForConditionalGeneration,
+    BitImageProcessorPil,
+    CLIPImageProcessorPil,
+    LlavaForConditionalGeneration,
+    LlavaImageProcessorPil,
+    PreTrainedTokenizerBase,
+    SiglipImageProcessorPil,
+)
+from transformers.utils.hub import cached_file
+
+from llavakd.data.samples import IMAGE_TAG
+from llavakd.errors import UserError
+
+# PIL processors give the same pixels with and without torchvision; the automatic class does not.
+IMAGE_PROCESSORS: dict[str, type] = {
+    "SiglipImageProcessor": SiglipImageProcessorPil,
+    "CLIPImageProcessor": CLIPImageProcessorPil,
+    "BitImageProcessor": BitImageProcessorPil,
+    "LlavaImageProcessor": LlavaImageProcessorPil,
+}
+# Towers that stock Llava runs on pixels alone, and their tokens in front of the patches (registers come on top).
+TOWERS = {"siglip_vision_model": 0, "clip_vision_model": 1, "dinov2": 1, "dinov2_with_registers": 1}
+# Stock models of one build by model_type: Llava, and Aya Vision, whose projector makes one token of 2 x 2 patches.
+FAMILIES: dict[str, type[Any]] = {
+    "llava": LlavaForConditionalGeneration,
+    "aya_vision": AyaVisionForConditionalGeneration,
+}
+# The activation of stock Llava's two-layer projector; `linear` keeps its second layer at the identity.
+PROJECTORS = {"mlp2x_gelu": "gelu", "linear": "linear"}
+
+
+class ModelError(UserError):
+    """A model folder is missing, incomplete or of an unexpected kind; the message names it."""
+
+
+def load(kind: Any, source: str, **options: Any) -> Any:
+    """`kind.from_pretrained`, its failures as ModelError."""
+    _find(source)
+    try:
+        return kind.from_pretrained(source, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"cannot load {source!r} as {kind.__name__}: {reason}; give a local folder or a hub name"
+        ) from error
+
+
+def _find(source: str) -> bool:
+    """Whether it is a folder; a hub name is "owner/name", and asking a hub for anything else would only wait."""
+    if not (found := Path(source).is_dir()) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise ModelError(f"there is no folder {source!r}; give a local folder or a hub name")
+    return found
+
+
+def load_for(key: str, kind: Any, source: str) -> Any:
+    """`kind.from_pretrained(source)`; raises ModelError naming the recipe's key."""
+    try:
+        return load(kind, source)
+    except ModelError as error:
+        raise ModelError(f"{key}: {error}") from error
+
+
+def load_image_processor(folder: str, *, mode: str = "square") -> Any:
+    """The tower's own processor in its PIL form, in mode "pad" with LLaVA-1.5's square margin; raises ModelError."""
+    settings = _processor_settings(folder)
+    kind = str(settings.get("image_processor_type", "")).removesuffix("Fast").removesuffix("Pil")
+    if kind not in IMAGE_PROCESSORS:
+        raise ModelError(f"{folder}: image processor {kind!r} is not known; known: {', '.join(IMAGE_PROCESSORS)}")
+    settings.pop("image_processor_type")
+    if mode == "square":
+        return IMAGE_PROCESSORS[kind](**settings)
+    whole = IMAGE_PROCESSORS[kind](**settings).to_dict()
+    crops = bool(whole.get("do_center_crop"))  # where it does not say, LLaVA's own would
+    return LlavaImageProcessorPil(**whole | {"do_pad": True, "do_center_crop": crops})
+
+
+def _processor_settings(folder: str) -> dict[str, Any]:
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        file = Path(folder) / name
+        if not _find(folder):
+            found = cached_file(
+                folder, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+            )
+            file = Path(found) if found else file
+        if file.is_file():
+            settings = json.loads(file.read_text(encoding="utf-8"))
+            if "image_processor" in settings or "image_processor_type" in settings:
+                return settings.get("image_processor", settings)
+    raise ModelError(f"{folder} has no preprocessor_config.json; copy the vision tower's own into it")
+
+
+def load_vision_tower(source: str, *, scratch: bool) -> nn.Module:
+    """A float32 tower, alone or out of a whole model; raises ModelError."""
+    config = load(AutoConfig, source)
+    if config.model_type in FAMILIES and not scratch:
+        return load(FAMILIES[config.model_type], source, dtype=torch.float32).model.vision_tower
+    config = tower_config(config, source)
+    if scratch:
+        return AutoModel.from_config(config, dtype=torch.float32)
+    return load(AutoModel, source, config=config, dtype=torch.float32)
+
+
+def load_language_model(source: str, *, scratch: bool) -> Any:
+    """A float32 causal language model, alone or out of a whole model; raises ModelError."""
+    config = load(AutoConfig, source)
+    if scratch:
+        return AutoModelForCausalLM.from_config(getattr(config, "text_config", config), dtype=torch.float32)
+    if config.model_type not in FAMILIES:
+        return load(AutoModelForCausalLM, source, dtype=torch.float32)
+    return extract_language_model(load(FAMILIES[config.model_type], source, dtype=torch.float32))
+
+
+def extract_language_model(model: LlavaForConditionalGeneration) -> Any:
+    """The causal language model inside a LLaVA model, sharing its weights."""
+    with torch.device("meta"):
+        causal = AutoModelForCausalLM.from_config(model.config.text_config)
+    setattr(causal, causal.base_model_prefix, model.model.language_model)
+    causal.set_output_embeddings(model.lm_head)
+    causal.tie_weights()
+    return causal
+
+
+def tower_config(config: Any, source: str) -> Any:
+    """The tower's own config out of a whole model's; raises ModelError for one that needs more than pixels."""
+    config = getattr(config, "vision_config", config)
+    if config.model_type not in TOWERS:
+        raise ModelError(f"{source}: vision tower {config.model_type!r} is not known; known: {', '.join(TOWERS)}")
+    if hasattr(config, "vision_use_head"):
+        config.vision_use_head = False  # the pooling head never reaches the features
+    return config
+
+
+def check_language_model(language_model: Any, source: str) -> None:
+    """Refuse what stock Llava cannot hold: it has a decoder with `embed_tokens` and a head that is one matrix."""
+    reason = ""
+    if hasattr(language_model.config, "text_config"):
+        reason = "it is more than a causal language model"
+    elif not hasattr(language_model.base_model, "embed_tokens"):
+        reason = "its embedding is not called embed_tokens"
+    elif language_model.get_output_embeddings().bias is not None:
+        reason = "its head has a bias"
+    else:
+        with torch.no_grad():
+            output = language_model(torch.arange(4).unsqueeze(0), output_hidden_states=True)
+            bare = language_model.get_output_embeddings()(output.hidden_states[-1])
+        if not torch.equal(bare, output.logits):
+            reason = "it scales, caps or otherwise changes the logits after its head"
+    if reason:
+        raise ModelError(
+            f"{source}: stock Llava cannot hold a {language_model.config.model_type!r} language model like this: "
+            f"{reason}; choose another, for example Qwen, Llama, Gemma, Gemma 3 or Phi-3"
+        )
+
+
+def ensure_image_token(tokenizer: PreTrainedTokenizerBase, model: Any) -> int:
+    """The id of `<image>`, in a free row of the embedding where there is one: resizing would change V."""
+    if IMAGE_TAG not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TAG]}, replace_extra_special_tokens=False)
+    rows = max(tokenizer.get_vocab().values()) + 1  # not len(tokenizer): a vocabulary may have holes
+    if rows > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(rows)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer.convert_tokens_to_ids(IMAGE_TAG)
+
+
+def count_image_tokens(vision: Any, strategy: str, image_processor: Any) -> int:
+    """Visual tokens of one picture as this processor makes it; raises ModelError where the tower cannot take it."""
+    height, width = image_processor(images=[Image.new("RGB", (60, 40))], return_tensors="pt").pixel_values.shape[-2:]
+    fits = height == width and (vision.model_type.startswith("dinov2") or height == vision.image_size)
+    if not fits:  # DINOv2 interpolates its positions, the others do not
+        raise ModelError(
+            f"the image processor makes pictures of {height} x {width} pixels, the vision tower "
+            f"{vision.model_type!r} takes {vision.image_size} x {vision.image_size}; use the tower's own preprocessor_config.json"
+        )
+    return tokens_per_image(vision, strategy, height)
+
+
+def tokens_per_image(vision: Any, strategy: str, side: int | None = None) -> int:
+    """Tokens that a tower gives of one picture, `side` pixels wide (default: the tower's own size)."""
+    return ((side or vision.image_size) // vision.patch_size) ** 2 + leading_tokens(vision) - (strategy == "default")
+
+
+def pooled_tokens(tokens: int) -> int:
+    """Tokens that the pooling projector leaves; raises ModelError where the patches do not pair up."""
+    side = math.isqrt(tokens)
+    if side * side != tokens or side % 2:
+        raise ModelError(
+            f"projector pixel_shuffle joins 2 x 2 patches, but the tower's {tokens} tokens are no square of even side; use "
+            "one of an even grid, and vision_feature_select_strategy `full` where it has no class token, else `default`"
+        )
+    return tokens // 4
+
+
+def leading_tokens(vision: Any) -> int:
+    """Tokens in front of the patches."""
+    return TOWERS[vision.model_type] + getattr(vision, "num_register_tokens", 0)
