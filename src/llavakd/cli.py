@@ -102,7 +102,8 @@ def check(
         found = check_recipe(loaded, out or Path("runs") / loaded.name, fast=fast, workers=workers)
     else:
         source = DataConfig(path=str(data), images=str(images) if images else None)
-        found = {data.name: check_data(data.name, source, [], fast=fast, workers=workers, clean=write_clean)}
+        name = Path(source.path).name
+        found = {name: check_data(name, source, [], fast=fast, workers=workers, clean=write_clean)}
     text = json.dumps(found, ensure_ascii=False)
     if report is not None:
         report.write_text(text + "\n", encoding="utf-8")

@@ -263,13 +263,7 @@ def _run_one(run: Run, index: int, samples: dict[str, Samples]) -> dict[str, Any
         template = run.recipe.data[next(iter(stage.sources))].template
         write_folder(run.model_folder(stage), lambda partial: save_model(student, partial, template=template))
     run.accelerator.free_memory()
-    return {
-        "steps": progress.step,
-        "train_seconds": progress.seconds,
-        "tokens": progress.tokens,
-        "truncated": progress.truncated,
-        "left_out": progress.left_out,
-    }
+    return {"steps": progress.step, "train_seconds": progress.seconds, **progress.counted}
 
 
 def _dataset(

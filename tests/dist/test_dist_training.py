@@ -18,11 +18,12 @@ PARTS = ("loss", "ce", "response_kl", "visual_kl", "relation", "grad_norm", "lr"
 def mixed_tree(tiny):
     """Three short stages on rows with no, one and two pictures: the projector alone, then the rest, by both reductions.
 
-    Micro-batches of one row, so that some hold no picture on one process while the other's does.
+    Micro-batches of one row, so that some hold no picture on one process while the other's does. The rate is small: AdamW
+    moves a weight by about the rate whatever its gradient, also where that is but rounding.
     """
     tree = tiny.tree()
     for stage, reduction in zip(tree["stages"], ("sample", "token", "sample"), strict=True):
-        stage |= {"data": "mixed", "grouping": "none", "epochs": 1, "learning_rate": 3.0e-4, "reduction": reduction}
+        stage |= {"data": "mixed", "grouping": "none", "epochs": 1, "learning_rate": 1.0e-4, "reduction": reduction}
         stage |= {"global_batch_size": 8, "warmup_ratio": 0.0}
     tree["save_every"] = 1
     return tree

@@ -82,7 +82,7 @@ def test_a_step_moves_the_student_and_reports_global_numbers(state, tiny):
     result = train_step(state, batches, step=0)
     changed = {name for name, p in state.student.model.named_parameters() if not torch.equal(p, before[name])}
     assert {name.split(".")[1] for name in changed} == {"multi_modal_projector", "language_model"}
-    assert result.tokens == sum(int(batch.attention_mask.sum()) for batch in batches)
+    assert result.counted["tokens"] == sum(int(batch.attention_mask.sum()) for batch in batches)
     weights = STAGE.losses.weights
     assert float(result.loss) == pytest.approx(sum(weights[name] * float(v) for name, v in result.parts.items()))
     assert all(float(value) > 0 for value in result.parts.values())
@@ -131,8 +131,8 @@ def test_a_row_that_was_left_out_changes_nothing_but_its_count(tiny, state):
 
     unmoved = build_optimizer(state.module, dataclasses.replace(STAGE, learning_rate=0.0))
     whole, short = step([*samples[:2], lost, samples[20]]), step([*samples[:2], samples[20]])
-    assert (whole.left_out, short.left_out) == (1, 0)
-    assert whole.tokens == short.tokens
+    assert (whole.counted["left_out"], short.counted["left_out"]) == (1, 0)
+    assert whole.counted["tokens"] == short.counted["tokens"]
     for name, value in short.parts.items():
         assert float(whole.parts[name]) == pytest.approx(float(value), rel=1e-5), name
     assert float(whole.grad_norm) == pytest.approx(float(short.grad_norm), rel=1e-5)

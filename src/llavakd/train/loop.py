@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import resource
 import signal
 import threading
 import time
@@ -15,7 +16,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import reduce
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from llavakd.config import Recipe, StageConfig
@@ -31,37 +31,11 @@ from llavakd.train.step import StepResult, TrainState, train_step
 
 @dataclass
 class Progress:
-    """What a checkpoint remembers beside weights; sums over all sittings of the stage."""
+    """What a checkpoint remembers beside weights; `counted` sums up StepResult's over all sittings of the stage."""
 
     step: int = 0
     seconds: float = 0.0
-    tokens: int = 0
-    truncated: int = 0
-    left_out: int = 0
-
-
-@dataclass
-class Window:
-    """Means over the steps since the last line of metrics.jsonl."""
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    steps: int = 0
-    tokens: int = 0
-    started: float = field(default_factory=time.perf_counter)
-
-    def add(self, result: StepResult) -> None:
-        """Take one step in; nothing is read off the device."""
-        for name, value in {"loss": result.loss, **result.parts, "grad_norm": result.grad_norm}.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.float()
-        self.steps += 1
-        self.tokens += result.tokens
-
-    def means(self) -> dict[str, float]:
-        """Means by name, and tokens per second."""
-        seconds = time.perf_counter() - self.started
-        return {name: float(value) / self.steps for name, value in self.sums.items()} | {
-            "tokens_per_s": self.tokens / seconds
-        }
+    counted: dict[str, int] = field(default_factory=dict)
 
 
 def total_steps(rows: int, stage: StageConfig) -> int:
@@ -97,27 +71,20 @@ def run_stage(state: TrainState, dataset: RowDataset, recipe: Recipe, folder: Pa
         )
         _drop_later_metrics(folder / "metrics.jsonl", progress.step)
     batches = _batches(dataset, recipe, state, shard, progress.step, steps)
-    window, started, before = Window(), time.perf_counter(), progress.seconds
+    window: list[StepResult] = []
+    logged = time.perf_counter()
+    started = logged - progress.seconds
     with bar(stage.name, steps, shown=main) as advance, _stop_signals() as stopped:
         while progress.step < steps:
             set_learning_rate(state.optimizer, rate := learning_rate(progress.step, steps=steps, stage=stage))
             micro_batches = [next(batches) for _ in range(accumulation)]
-            mistakes = [mistake for batch in micro_batches for mistake in batch.mistakes]
-            for mistake in mistakes:
-                say(mistake)
-            result = train_step(state, micro_batches, step=progress.step)
+            window.append(train_step(state, micro_batches, step=progress.step))
             progress.step += 1
-            progress.tokens += result.tokens
-            progress.truncated += result.truncated
-            progress.left_out += result.left_out
-            rows = steps * stage.global_batch_size
-            if progress.left_out > recipe.max_bad_rows * rows:
-                raise too_many(mistakes, progress.left_out, rows, recipe.max_bad_rows)
-            progress.seconds = before + time.perf_counter() - started
-            window.add(result)
+            _add_up(progress, window[-1].counted, micro_batches, recipe.max_bad_rows, steps * stage.global_batch_size)
+            progress.seconds = time.perf_counter() - started
             if progress.step % recipe.log_every == 0 or progress.step == steps:
-                means = window.means()
-                window = Window()
+                means = _means(window, time.perf_counter() - logged)
+                window, logged = [], time.perf_counter()
                 if main:
                     _log(folder, accelerator, stage.name, progress, rate, means)
                 advance(progress.step, f"loss {means['loss']:.3f}")
@@ -130,6 +97,23 @@ def run_stage(state: TrainState, dataset: RowDataset, recipe: Recipe, folder: Pa
                     "the same command goes on from there"
                 )
     return progress
+
+
+def _add_up(progress: Progress, counted: dict[str, int], batches: list[Batch], allowed: float, rows: int) -> None:
+    """Count a step's rows in and say which were left out; raises DataError where they are too many of the stage's."""
+    mistakes = [mistake for batch in batches for mistake in batch.mistakes]
+    for mistake in mistakes:
+        say(mistake)
+    progress.counted = {name: progress.counted.get(name, 0) + count for name, count in counted.items()}
+    if progress.counted["left_out"] > allowed * rows:
+        raise too_many(mistakes, progress.counted["left_out"], rows, allowed)
+
+
+def _means(window: list[StepResult], seconds: float) -> dict[str, float]:
+    """Over the steps since the last line of metrics.jsonl; only now is anything read off the device."""
+    values = [{"loss": one.loss, **one.parts, "grad_norm": one.grad_norm} for one in window]
+    means = {name: float(torch.stack([one[name].float() for one in values]).mean()) for name in values[0]}
+    return means | {"tokens_per_s": sum(one.counted["tokens"] for one in window) / seconds}
 
 
 def shard_of(recipe: Recipe, stage_name: str, *, rank: int, world_size: int) -> Shard:
@@ -212,28 +196,14 @@ def _save(state: TrainState, folder: Path, progress: Progress) -> None:
 
 def _log(folder: Path, accelerator: Any, stage: str, progress: Progress, rate: float, means: dict[str, float]) -> None:
     memory = torch.cuda.max_memory_allocated() / 2**30 if accelerator.device.type == "cuda" else _resident_gib()
-    line = {
-        "stage": stage,
-        "step": progress.step,
-        **means,
-        "lr": rate,
-        "memory_gib": memory,
-        "truncated": progress.truncated,
-        "left_out": progress.left_out,
-    }
+    rows = {name: progress.counted[name] for name in ("truncated", "left_out")}
+    values = {name: round(value, 8) for name, value in (means | {"lr": rate, "memory_gib": memory} | rows).items()}
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(
-            json.dumps({key: round(value, 8) if isinstance(value, float) else value for key, value in line.items()})
-            + "\n"
-        )
-    accelerator.log(
-        {f"{stage}/{key}": value for key, value in line.items() if key not in ("stage", "step")}, step=progress.step
-    )
+        file.write(json.dumps({"stage": stage, "step": progress.step, **values}) + "\n")
+    accelerator.log({f"{stage}/{name}": value for name, value in values.items()}, step=progress.step)
 
 
 def _resident_gib() -> float:
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

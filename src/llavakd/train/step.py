@@ -81,14 +81,12 @@ class TrainState:
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """Detached scalars of one step, already global: loss, parts, gradient norm, and the number of live tokens."""
+    """Of one step, already global: detached scalars, and numbers of live tokens, truncated and left-out rows."""
 
     loss: Tensor
     parts: dict[str, Tensor]
     grad_norm: Tensor
-    tokens: int
-    truncated: int
-    left_out: int
+    counted: dict[str, int]
 
 
 def train_step(state: TrainState, micro_batches: Sequence[Batch], *, step: int) -> StepResult:
@@ -98,7 +96,7 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch], *, step: int) 
         NonFiniteError: before anything is updated.
     """
     accelerator = state.accelerator
-    counts, tokens, truncated, left_out = _count(accelerator, micro_batches)
+    counts, counted = _count(accelerator, micro_batches)
     outputs = []
     for index, batch in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
@@ -122,9 +120,7 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch], *, step: int) 
         )
     state.optimizer.step()
     state.optimizer.zero_grad()
-    loss = sums.pop("loss")
-    counted = {"tokens": tokens, "truncated": truncated, "left_out": left_out}
-    return StepResult(loss=loss, parts=sums, grad_norm=grad_norm, **counted)
+    return StepResult(loss=sums.pop("loss"), parts=sums, grad_norm=grad_norm, counted=counted)
 
 
 def _forward(state: TrainState, batch: Batch, counts: Counts) -> Objective:
@@ -148,8 +144,8 @@ def _forward(state: TrainState, batch: Batch, counts: Counts) -> Objective:
     return state.module(batch, features, taught, head, counts)
 
 
-def _count(accelerator: Accelerator, micro_batches: Sequence[Batch]) -> tuple[Counts, int, int, int]:
-    """Counts of the global batch, its live tokens, truncated and left-out rows, over all micro-batches and ranks."""
+def _count(accelerator: Accelerator, micro_batches: Sequence[Batch]) -> tuple[Counts, dict[str, int]]:
+    """Counts of the global batch, and those of StepResult, over all micro-batches and ranks."""
     local = [
         (
             *count(batch.labels, batch.segments == Segment.VISUAL, batch.image_rows),
@@ -163,4 +159,4 @@ def _count(accelerator: Accelerator, micro_batches: Sequence[Batch]) -> tuple[Co
     if accelerator.num_processes > 1:
         totals = reduce(totals, "sum")
     samples, *counts, tokens, truncated, left_out = totals.tolist()
-    return Counts(samples - left_out, *counts), tokens, truncated, left_out
+    return Counts(samples - left_out, *counts), {"tokens": tokens, "truncated": truncated, "left_out": left_out}
