@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoConfig, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
 from llavakd.config import Recipe, StageConfig, resolve_paths
@@ -70,31 +71,29 @@ def plan_run(
     if gpus < 1 or not 0 < efficiency <= 1:
         raise UserError(f"got --gpus {gpus} and --efficiency {efficiency}; expected at least 1, and a share up to 1")
     recipe = resolve_paths(recipe, Path("runs") / recipe.name)
-    student = _outline(student_config(recipe.student))
-    teacher: VisionLanguageModel | None = None
+    models = {"student": _outline(student_config(recipe.student))}
     assumptions = ["hours are those of bf16, precision is fp32"] if recipe.precision == "fp32" else []
     if recipe.teacher and any(stage.losses.distils for stage in recipe.stages):
         config = load_for("teacher.path", AutoConfig, recipe.teacher.path)
-        if config.model_type != "llava":
-            raise UserError(
-                f"teacher.path: {recipe.teacher.path} holds a {config.model_type!r} model, expected 'llava'"
-            )
-        teacher = _outline(config)
-        if _tower_flops(student) == _tower_flops(teacher):
+        if (kind := config.model_type) != "llava":
+            raise UserError(f"teacher.path: {recipe.teacher.path} holds a {kind!r} model, expected 'llava'")
+        models["teacher"] = _outline(config)
+        if len(set(map(_tower_flops, models.values()))) == 1:
             assumptions.append("vision towers of equal size are taken to be equal: one run serves both models")
     sources = {
-        name: _tokens(recipe, name, student.tokens_per_image, rows, text_tokens, assumptions)
+        name: _tokens(recipe, name, models["student"].tokens_per_image, rows, text_tokens, assumptions)
         for name in dict.fromkeys(stage.data for stage in recipe.stages)
     }
     stages = []
     for stage in recipe.stages:
-        cost = StageCost(recipe, stage, student, teacher if stage.losses.distils else None, sources[stage.data], gpus)
+        teacher = models["teacher"] if stage.losses.distils else None
+        cost = StageCost(recipe, stage, models["student"], teacher, sources[stage.data], gpus)
         planned = cost.plan(GPUS[gpu][1] * 2**30 * _USABLE)
         hours = sum(planned["flops"].values()) / (gpus * GPUS[gpu][0] * 1e12 * efficiency) / 3600
         stages.append(planned | {"hours": hours})
-    models = {name: _sizes(model) for name, model in (("student", student), ("teacher", teacher)) if model}
     answer = {"name": recipe.name, "gpu": gpu, "gpus": gpus, "efficiency": efficiency}
-    return answer | {"parameters": models, "stages": stages, "assumptions": assumptions}
+    sizes = {name: _sizes(model) for name, model in models.items()}
+    return answer | {"parameters": sizes, "stages": stages, "assumptions": assumptions}
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,22 +137,25 @@ class StageCost:
         losses, again, tokens = self.stage.losses, self.recipe.gradient_checkpointing, self.tokens
         tower_learns, projector_learns, text_learns = (part in self.stage.train for part in self.student.parts())
         count, pictures = self.student.tokens_per_image, tokens.visual / self.student.tokens_per_image
-        linear, attention, projector = _language_flops(self.student, tokens)
-        tower = pictures * _tower_flops(self.student)
+        tower, (linear, attention, projector) = (
+            pictures * _tower_flops(self.student),
+            _language_flops(self.student, tokens),
+        )
         # A frozen layer passes the gradient on: one product; a learning one makes its own, too. Attention: five for two.
         backward = linear * (1 + text_learns) + attention * 2.5 + 2 * projector * projector_learns
         # A layer is made again up to its last matrix, which is not needed.
         config = self.student.model.config.text_config
-        last = config.hidden_size * config.intermediate_size * config.num_hidden_layers
-        last *= 2 * (tokens.visual + tokens.text)
-        backward += again * (linear + attention - last)
-        flops = {"vision_tower": tower, "student_forward": linear + attention + projector}
-        flops["student_backward"] = backward + tower * (2 + again) * tower_learns
+        last = 2 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
+        backward += again * (linear + attention - last * (tokens.visual + tokens.text))
         width, ds, live = self._width(), self.student.head.shape[1], self._live(tokens.visual, tokens.response)
-        flops["heads"] = 2 * live * width * ds * (2 + text_learns)
+        flops = {
+            "vision_tower": tower,
+            "student_forward": linear + attention + projector,
+            "student_backward": backward + tower * (2 + again) * tower_learns,
+            "heads": 2 * live * width * ds * (2 + text_learns),
+        }
         if self.teacher:
-            dt = self.teacher.head.shape[1]
-            theirs = pictures * _tower_flops(self.teacher)
+            theirs, dt = pictures * _tower_flops(self.teacher), self.teacher.head.shape[1]
             flops["teacher"] = sum(_language_flops(self.teacher, tokens)) + theirs * (tower_learns or theirs != tower)
             flops["heads"] += 2 * live * width * dt
             squares = 4 * width * ds * ds * text_learns / micro  # a frozen head's is made once
@@ -167,11 +169,6 @@ class StageCost:
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         gradients = sum(parameter.nbytes for parameter in learning)
         bf16, parts = self.recipe.precision == "bf16", self.student.parts()
-
-        def kept(index: int, again: bool) -> float:  # linear in the rows
-            one, two = (self._saved(rows, again)[index] for rows in (1, 2))
-            return one + (micro - 1) * (two - one)
-
         # Two bytes per weight: the copies that autocast holds until the loss is made; without checkpointing they are kept.
         copies = sum(_linear_flops(parts[part]) for part in self.stage.train) * (checkpointing and bf16)
         visual = tokens.most_pictures * self.student.tokens_per_image
@@ -181,19 +178,18 @@ class StageCost:
         chunk = 4 * width * min(live, at_once) * (2 if self.teacher else 1)
         chunk += (2 if bf16 else 4) * width * min(live, GRADIENT_CHUNKS * at_once)
         loss = chunk + 2 * width * head.shape[1] * bf16 + head.nbytes * head.requires_grad + 8 * live * head.shape[1]
-        theirs = 0
-        if self.teacher:
-            theirs = sum(p.numel() for p in self.teacher.model.parameters()) * DTYPES[teacher_dtype].itemsize
+        theirs = list(self.teacher.model.parameters()) if self.teacher else []
         memory = {
             "weights": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
-            "teacher": theirs,
+            "teacher": sum(parameter.numel() for parameter in theirs) * DTYPES[teacher_dtype].itemsize,
             "optimizer": 2 * gradients + 4 * len(learning),
             "gradients": gradients,
-            "activations": kept(0, checkpointing),
-            "recomputed layer": kept(1, False) * checkpointing,
+            "activations": self._saved(micro, checkpointing)[0],
+            "recomputed layer": self._saved(micro, False)[1] * checkpointing,
             "loss": loss + copies,
         }
-        standing = memory["weights"] + theirs + memory["optimizer"] + gradients * (self.gpus > 1)  # DDP's buckets
+        standing = sum(memory[part] for part in ("weights", "teacher", "optimizer"))
+        standing += gradients * (self.gpus > 1)  # DDP's buckets
         passing = memory["activations"] + max(memory["loss"], memory["recomputed layer"])
         # Without accumulation gradients come while activations go, all but the layer that is made again.
         accumulates = self.stage.global_batch_size > micro * self.gpus
@@ -218,38 +214,38 @@ class StageCost:
         losses = self.stage.losses
         return response * bool(losses.ce or losses.response_kl) + visual * bool(losses.visual_kl)
 
-    @functools.cache  # noqa: B019 - lives as long as the plan is made
-    def _saved(self, rows: int, checkpointing: bool) -> tuple[int, int]:
-        """Bytes that autograd keeps of `rows` longest rows, and of one decoder layer alone."""
-        config, kept = self.student.model.config, functools.partial(self._kept, rows, checkpointing)
-        base = kept(1, 1)
-        layer = kept(2, 1) - base
-        total = base + (config.text_config.num_hidden_layers - 1) * layer
+    def _saved(self, micro: int, checkpointing: bool) -> tuple[int, int]:
+        """Bytes that autograd keeps of `micro` longest rows, and of one decoder layer alone; both linear in the rows."""
+        config = self.student.model.config
+
+        def kept(*layers: int) -> int:
+            one, two = (self._kept(rows, checkpointing, *layers) for rows in (1, 2))
+            return one + (micro - 1) * (two - one)
+
+        layer = kept(2, 1) - kept(1, 1)
+        total = kept(1, 1) + (config.text_config.num_hidden_layers - 1) * layer
         if "vision_tower" in self.stage.train:
-            total += (config.vision_config.num_hidden_layers - 1) * (kept(1, 2) - base)
+            total += (config.vision_config.num_hidden_layers - 1) * (kept(1, 2) - kept(1, 1))
         return total, layer
 
+    @functools.cache  # noqa: B019 - lives as long as the plan is made
     def _kept(self, rows: int, checkpointing: bool, text_layers: int, vision_layers: int) -> int:
         """Bytes that autograd keeps of the real forward over `rows` longest rows, of a student cut to so many layers."""
         thin, train, tokens = copy.deepcopy(self.student.model.config), self.stage.train, self.tokens
         thin.text_config.num_hidden_layers, thin.vision_config.num_hidden_layers = text_layers, vision_layers
         thin.vision_feature_layer = -1
-        student, vision = _outline(thin), thin.vision_config
-        model = student.model.train()
-        own: set[int] = set()
-        kept: dict[int, int] = {}
+        student, vision, saved = _outline(thin), thin.vision_config, dict[int, tuple[StorageWeakRef, int]]()
         student.train_only(train)
+        model = student.model.train()
 
         def note(tensor: Tensor) -> Tensor:
-            if (storage := tensor.untyped_storage())._cdata not in own:
-                kept[storage._cdata] = storage.nbytes()
+            storage = tensor.untyped_storage()
+            saved[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
             return tensor
 
         with FakeTensorMode():
             model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype)).tie_weights()
-            own |= {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-            if checkpointing:
-                # Named so from transformers 5.23.
+            if checkpointing:  # named so from transformers 5.23
                 getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
             pictures, bf16 = rows * tokens.most_pictures, self.recipe.precision == "bf16"
             visual = torch.empty(rows, tokens.longest, dtype=torch.bool)
@@ -257,9 +253,10 @@ class StageCost:
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16), saved_tensors_hooks(note, lambda tensor: tensor):
                 if pictures and "vision_tower" in train:
                     features = vision_features(model, torch.empty(pictures, 3, vision.image_size, vision.image_size))
-                hidden = final_hidden(model, visual.long(), visual.long(), visual, features)
-        del hidden  # it kept the graph alive: a storage is told from others by its address
-        return sum(kept.values())
+                hidden = final_hidden(model, visual.long(), visual.long(), visual, features)  # noqa: F841 - its graph
+        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        # Freed by now is what unused layers saved.
+        return sum(size for key, (storage, size) in saved.items() if key not in own and not storage.expired())
 
 
 def _outline(config: LlavaConfig) -> VisionLanguageModel:
@@ -270,7 +267,7 @@ def _outline(config: LlavaConfig) -> VisionLanguageModel:
 
 def _sizes(model: VisionLanguageModel) -> dict[str, int]:
     """Parameters by part, an untied head with its language model."""
-    sizes: dict[str, int] = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()}
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()}
     return sizes | {"language_model": model.model.num_parameters() - sizes["vision_tower"] - sizes["projector"]}
 
 
