@@ -21,7 +21,6 @@ from llavakd.errors import RecipeError, nearest
 from llavakd.recipe_checks import find_problems
 
 Part = Literal["vision_tower", "projector", "language_model"]
-_STRICT = ConfigDict(extra="forbid", strict=True)
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -31,7 +30,6 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class StudentConfig:
     """Where the student's parts come from; each folder may also be a whole LLaVA folder, whose part is then taken."""
 
-    __pydantic_config__ = _STRICT
     vision_tower: str
     language_model: str
     projector: Literal["mlp2x_gelu", "linear"] = "mlp2x_gelu"
@@ -45,7 +43,6 @@ class StudentConfig:
 class TeacherConfig:
     """A LLaVA folder in transformers form, frozen."""
 
-    __pydantic_config__ = _STRICT
     path: str
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     quantization: Literal["none"] = "none"
@@ -55,7 +52,6 @@ class TeacherConfig:
 class SubsetConfig:
     """Keep the rows whose group hashes into [start, stop) of [0, 1): near-copies of one row never fall on two sides."""
 
-    __pydantic_config__ = _STRICT
     group: str
     """Regular expression; the text that it matches in a row's id names the row's group."""
     start: float = 0.0
@@ -66,7 +62,6 @@ class SubsetConfig:
 class DataConfig:
     """One LLaVA-format JSON file with its picture folder and the text form it is rendered in."""
 
-    __pydantic_config__ = _STRICT
     path: str
     images: str | None = None
     """Folder or zip archive that the rows' picture names are relative to."""
@@ -80,7 +75,6 @@ class DataConfig:
 class LossConfig:
     """Weights of the loss parts (LLaVA-KD eq. 1: ce + a response_kl + b visual_kl + c relation)."""
 
-    __pydantic_config__ = _STRICT
     ce: Weight = 0.0
     response_kl: Weight = 0.0
     visual_kl: Weight = 0.0
@@ -109,7 +103,6 @@ class LossConfig:
 class StageConfig:
     """One stage: what is trained, on what, towards what."""
 
-    __pydantic_config__ = _STRICT
     name: str
     data: str
     train: tuple[Part, ...]
@@ -132,7 +125,6 @@ class StageConfig:
 class EvaluationConfig:
     """Generation and exact-match scoring after the last stage."""
 
-    __pydantic_config__ = _STRICT
     data: str
     batch_size: int = 64
     max_new_tokens: int = 32
@@ -144,7 +136,6 @@ class EvaluationConfig:
 class WorldConfig:
     """Draw a Shapes world into RUN/world before the run; data paths reach it as `world:instruct.json`."""
 
-    __pydantic_config__ = _STRICT
     scenes: int
     seed: int = 0
     test_questions: int = 1000
@@ -156,7 +147,7 @@ class WorldConfig:
 class Recipe:
     """A whole run."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # of its parts, too
     name: str
     student: StudentConfig
     data: dict[str, DataConfig]
