@@ -250,6 +250,13 @@ def test_features_kept_on_disk_cost_the_tower_once_per_picture(parts):
     assert 3 * cached == pytest.approx(planned_stage(recipe)["flops"]["vision_tower"])
 
 
+def test_a_recipe_is_planned_the_same_each_time(parts):
+    recipe = recipe_of(parts, "all parts")  # the layers of a learning tower past the selected one are thrown away
+    again = type(recipe)(**{**vars(recipe), "gradient_checkpointing": True})
+    memories = [planned_stage(again)["memory"] for _ in range(5)]
+    assert memories == memories[:1] * 5
+
+
 @pytest.mark.parametrize(("kind", "share"), [("dpt", 0.7), ("dft", 0.75), ("all parts", 0.01)])
 def test_advice_makes_the_stage_fit_or_says_that_nothing_will(parts, monkeypatch, tmp_path, kind, share):
     recipe = recipe_of(parts, kind)

@@ -303,11 +303,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _child(node: dict[str, Any] | list[Any], key: str, place: str) -> Any:
     if isinstance(node, list):
-        named = {str(entry.get("name")): entry for entry in node if isinstance(entry, dict)}
-        entries = {str(index): entry for index, entry in enumerate(node)} | named
-        if key not in entries:
+        numbered = {str(index): entry for index, entry in enumerate(node) if isinstance(entry, dict)}
+        named = {str(entry.get("name")): entry for entry in numbered.values()}
+        if key not in numbered | named:
             raise RecipeError(f"no entry {key!r} at {place}{nearest(key, named)}")
-        return entries[key]
+        return (numbered | named)[key]
     if node.get(key) is None and key in ("teacher", "evaluation", "world", "subset"):
         node[key] = {}
     if not isinstance(node.get(key), dict | list):
