@@ -88,9 +88,7 @@ def plan_run(
     for stage in recipe.stages:
         teacher = models["teacher"] if stage.losses.distils else None
         cost = StageCost(recipe, stage, models["student"], teacher, sources[stage.data], gpus)
-        planned = cost.plan(GPUS[gpu][1] * 2**30 * _USABLE)
-        hours = sum(planned["flops"].values()) / (gpus * GPUS[gpu][0] * 1e12 * efficiency) / 3600
-        stages.append(planned | {"hours": hours})
+        stages.append(cost.plan(gpu, efficiency))
     answer = {"name": recipe.name, "gpu": gpu, "gpus": gpus, "efficiency": efficiency}
     sizes = {name: _sizes(model) for name, model in models.items()}
     return answer | {"parameters": sizes, "stages": stages, "assumptions": assumptions}
@@ -107,9 +105,9 @@ class StageCost:
     tokens: Tokens
     gpus: int = 1
 
-    def plan(self, usable: float) -> dict[str, Any]:
-        """Everything about the stage but its hours; `usable` bytes of memory per GPU."""
-        recipe, stage, tokens = self.recipe, self.stage, self.tokens
+    def plan(self, gpu: str, efficiency: float) -> dict[str, Any]:
+        """Everything about the stage on GPUs of a kind of GPUS."""
+        recipe, stage, tokens, (rate, gib) = self.recipe, self.stage, self.tokens, GPUS[gpu]
         self.student.train_only(stage.train)
         micro = shard_of(recipe, stage.name, rank=0, world_size=self.gpus).micro_batch_size
         steps = total_steps(tokens.rows, stage.global_batch_size, stage.epochs, stage.data)
@@ -129,7 +127,8 @@ class StageCost:
             "accumulation": stage.global_batch_size // (micro * self.gpus),
             "flops": flops,
             "memory": self.memory(*now),
-            "advice": self._advice(now, usable),
+            "advice": self._advice(now, gib * 2**30 * _USABLE),
+            "hours": sum(flops.values()) / (self.gpus * rate * 1e12 * efficiency) / 3600,
         }
 
     def row_flops(self, micro: int) -> dict[str, float]:
@@ -137,10 +136,7 @@ class StageCost:
         losses, again, tokens = self.stage.losses, self.recipe.gradient_checkpointing, self.tokens
         tower_learns, projector_learns, text_learns = (part in self.stage.train for part in self.student.parts())
         count, pictures = self.student.tokens_per_image, tokens.visual / self.student.tokens_per_image
-        tower, (linear, attention, projector) = (
-            pictures * _tower_flops(self.student),
-            _language_flops(self.student, tokens),
-        )
+        tower, linear, attention, projector = _forward_flops(self.student, tokens)
         # A frozen layer passes the gradient on: one product; a learning one makes its own, too. Attention: five for two.
         backward = linear * (1 + text_learns) + attention * 2.5 + 2 * projector * projector_learns
         # A layer is made again up to its last matrix, which is not needed.
@@ -155,8 +151,8 @@ class StageCost:
             "heads": 2 * live * width * ds * (2 + text_learns),
         }
         if self.teacher:
-            theirs, dt = pictures * _tower_flops(self.teacher), self.teacher.head.shape[1]
-            flops["teacher"] = sum(_language_flops(self.teacher, tokens)) + theirs * (tower_learns or theirs != tower)
+            dt, (theirs, *others) = self.teacher.head.shape[1], _forward_flops(self.teacher, tokens)
+            flops["teacher"] = sum(others) + theirs * (tower_learns or theirs != tower)
             flops["heads"] += 2 * live * width * dt
             squares = 4 * width * ds * ds * text_learns / micro  # a frozen head's is made once
             grams = 2 * count * (ds * ds * (2 + text_learns) + dt * dt) + 2 * count**2 * (3 * ds + dt)
@@ -322,8 +318,10 @@ def _tower_flops(model: VisionLanguageModel) -> float:
     return count * _linear_flops(model.parts()["vision_tower"]) + own
 
 
-def _language_flops(model: VisionLanguageModel, tokens: Tokens) -> tuple[float, float, float]:
-    """Of a mean row: the decoder's matrices, its attention, and the projector."""
+def _forward_flops(model: VisionLanguageModel, tokens: Tokens) -> tuple[float, float, float, float]:
+    """Of a mean row: the tower, the decoder's matrices, its attention, and the projector."""
     length, parts = tokens.visual + tokens.text, model.parts()
+    tower = tokens.visual / model.tokens_per_image * _tower_flops(model)
     attention = _attention_flops(model.model.config.text_config, length)
-    return length * _linear_flops(parts["language_model"]), attention, tokens.visual * _linear_flops(parts["projector"])
+    linear = length * _linear_flops(parts["language_model"])
+    return tower, linear, attention, tokens.visual * _linear_flops(parts["projector"])
