@@ -250,6 +250,13 @@ def test_features_kept_on_disk_cost_the_tower_once_per_picture(parts):
     assert 3 * cached == pytest.approx(planned_stage(recipe)["flops"]["vision_tower"])
 
 
+def test_a_recipe_is_planned_the_same_each_time(parts):
+    recipe = recipe_of(parts, "all parts")  # the layers of a learning tower past the selected one are thrown away
+    again = type(recipe)(**{**vars(recipe), "gradient_checkpointing": True})
+    memories = [planned_stage(again)["memory"] for _ in range(5)]
+    assert memories == memories[:1] * 5
+
+
 @pytest.mark.parametrize(("kind", "share"), [("dpt", 0.7), ("dft", 0.75), ("all parts", 0.01)])
 def test_advice_makes_the_stage_fit_or_says_that_nothing_will(parts, monkeypatch, tmp_path, kind, share):
     recipe = recipe_of(parts, kind)
@@ -326,3 +333,34 @@ def test_what_cannot_be_planned_is_refused_by_its_key(tiny, command, tmp_path, w
     assert done.code == 1
     assert message in done.err
     assert "Traceback" not in done.err
+
+
+def test_a_stage_of_several_sources_counts_each_by_its_weight(tiny, command, tmp_path):
+    recipe = tiny.recipe(tmp_path / "r.yaml")
+    alone = {}
+    for name in ("mixed", "instruct"):
+        done = command("plan", recipe, f"stages.sft.data={name}", "--json")
+        alone[name] = json.loads(done.out)["stages"][1]["tokens"]
+    done = command("plan", recipe, "stages.sft.data={mixed: 2.5, instruct: 0.5}", "--json")
+    assert done.code == 0, done.err
+    both = json.loads(done.out)["stages"][1]["tokens"]
+    rows = {"mixed": 2.5 * alone["mixed"]["rows"], "instruct": round(0.5 * alone["instruct"]["rows"])}
+    assert both["rows"] == sum(rows.values())
+    for key in ("visual", "text", "response"):
+        assert both[key] == pytest.approx(sum(rows[name] * alone[name][key] for name in rows) / both["rows"])
+    for key in ("longest", "most_pictures"):
+        assert both[key] == max(one[key] for one in alone.values())
+
+
+def test_a_pooled_student_is_planned_as_its_tokens_and_its_tower_are(tiny, command, tmp_path):
+    recipe = tiny.recipe(tmp_path / "r.yaml")
+    plain, pooled = (
+        json.loads(command("plan", recipe, "teacher=null", "--json", *more).out)["stages"][1]
+        for more in (
+            ["stages.dpt.losses={ce: 1.0}", "stages.dft.losses={ce: 1.0}"],
+            ["stages.dpt.losses={ce: 1.0}", "stages.dft.losses={ce: 1.0}", "student.projector=pixel_shuffle"],
+        )
+    )
+    assert pooled["tokens"]["visual"] == pytest.approx(plain["tokens"]["visual"] / 4)
+    assert pooled["flops"]["vision_tower"] == pytest.approx(plain["flops"]["vision_tower"])
+    assert pooled["flops"]["student_forward"] < plain["flops"]["student_forward"]

@@ -18,6 +18,13 @@ from llavakd.errors import UserError
 from llavakd.progress import Interrupted, bar, say
 
 _SHOWN = 50  # findings of a source that are printed
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.key=value, stages by name")]
+RunFolder = Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+TemplateName = Annotated[
+    Literal["pretrain", "vicuna_v1", "chatml"], typer.Option(help="Text form of the conversation.")
+]
 
 app = typer.Typer(
     add_completion=False,
@@ -44,11 +51,7 @@ def quickstart(
 
 
 @app.command()
-def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.key=value, stages by name")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME.")] = None,
-) -> None:
+def train(recipe: RecipeFile, overrides: Overrides = None, out: RunFolder = None) -> None:
     """Run or go on with the stages of RECIPE."""
     from llavakd.pipeline import run_pipeline
 
@@ -62,14 +65,14 @@ def train(
 
 @app.command()
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="A recipe file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.key=value, stages by name")] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
     gpu: Annotated[str, typer.Option(help="Kind of GPU, such as A100-80, H100, RTX-4090.")] = "A100-80",
     gpus: Annotated[int, typer.Option(help="How many of them.")] = 1,
     efficiency: Annotated[float, typer.Option(help="Share of the GPU's bf16 rate that is reached.")] = 0.4,
     rows: Annotated[int | None, typer.Option(help="Rows of a data file that is not there.")] = None,
     text_tokens: Annotated[int | None, typer.Option(help="Text tokens of its mean row.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what RECIPE would cost, without weights: parameters, tokens, FLOPs, memory and hours of every stage."""
     from llavakd.plan import plan_run
@@ -82,15 +85,15 @@ def plan(
 @app.command()
 def check(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe file, or else --data.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.key=value, stages by name")] = None,
+    overrides: Overrides = None,
     data: Annotated[Path | None, typer.Option(help="A data file to check by itself.")] = None,
     images: Annotated[Path | None, typer.Option(help="Its picture folder, zip or tar.")] = None,
     fast: Annotated[bool, typer.Option(help="Pictures only have to be there, they are not decoded.")] = False,
     workers: Annotated[int | None, typer.Option(help="Processes; default one a core.")] = None,
     report: Annotated[Path | None, typer.Option(help="Where all findings go as JSON.")] = None,
     write_clean: Annotated[Path | None, typer.Option(help="Where the good rows of --data go, each once.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder, where drawn worlds lie; default runs/NAME.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    out: RunFolder = None,
+    as_json: AsJson = False,
 ) -> None:
     """Look at every row before anything trains; exit 1 if some cannot be used."""
     from llavakd.preflight import check_data, check_recipe
@@ -124,15 +127,10 @@ def shapes(
     """Write the built-in miniature world as a LLaVA-format folder."""
     from llavakd.shapes import write_world
 
+    numbers = {"scenes": scenes, "seed": seed, "test_questions": test_questions, "workers": workers}
     with bar("draw", scenes) as advance:
         summary = write_world(
-            directory,
-            scenes=scenes,
-            seed=seed,
-            test_questions=test_questions,
-            noise=noise,
-            workers=workers,
-            progress=lambda done, total: advance(done * scenes // total),
+            directory, noise=noise, progress=lambda done, total: advance(done * scenes // total), **numbers
         )
     print(f"{directory}: {summary.pictures} pictures, rows {summary.rows}")  # noqa: T201
 
@@ -142,27 +140,19 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A LLaVA folder in transformers form.")],
     data: Annotated[Path, typer.Option(help="LLaVA-format questions; the last gpt turn is the truth.")],
     images: Annotated[Path | None, typer.Option(help="Picture folder or zip.")] = None,
-    template: Annotated[
-        Literal["pretrain", "vicuna_v1", "chatml"], typer.Option(help="Text form of the conversation.")
-    ] = "vicuna_v1",
+    template: TemplateName = "vicuna_v1",
     out: Annotated[Path, typer.Option(help="Where the predictions go.")] = Path("eval"),
     batch_size: Annotated[int, typer.Option(help="Questions answered at once.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 128,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Answer a question file and score it by exact match."""
     from llavakd.pipeline import evaluate_folder
 
-    row = evaluate_folder(
-        TeacherConfig(path=model, dtype="float32"),
-        DataConfig(path=str(data), images=str(images) if images else None, template=template),
-        EvaluationConfig(data="data", batch_size=batch_size, max_new_tokens=max_new_tokens),
-        out,
-    )
-    if as_json:
-        print(json.dumps(row))  # noqa: T201
-    else:
-        _print_results({"rows": [row]})
+    source = DataConfig(path=str(data), images=str(images) if images else None, template=template)
+    evaluation = EvaluationConfig(data="data", batch_size=batch_size, max_new_tokens=max_new_tokens)
+    row = evaluate_folder(TeacherConfig(path=model, dtype="float32"), source, evaluation, out)
+    print(json.dumps(row)) if as_json else _print_results({"rows": [row]})  # noqa: T201
 
 
 @app.command()
@@ -193,11 +183,11 @@ def convert(
 
 
 def _print_results(results: dict) -> None:
+    forms = {"accuracy": "{:.1%}", "majority": "{:.1%}", "n": "{:.0f}", "steps": "{:.0f}", "train_seconds": "{:.0f}"}
     table = Table("model", "accuracy", "majority", "questions", "steps", "seconds")
     for row in results["rows"]:
-        shown = [f"{row[key]:.1%}" if row.get(key) is not None else "-" for key in ("accuracy", "majority")]
-        counts = [f"{row[key]:.0f}" if row.get(key) is not None else "-" for key in ("n", "steps", "train_seconds")]
-        table.add_row(row["name"], *shown, *counts)
+        cells = ["-" if row.get(key) is None else form.format(row[key]) for key, form in forms.items()]
+        table.add_row(row["name"], *cells)
     Console().print(table)
 
 

@@ -12,23 +12,24 @@ import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from llavakd.errors import RecipeError, nearest
-from llavakd.recipe_checks import check_sense
+from llavakd.recipe_checks import find_problems
 
 Part = Literal["vision_tower", "projector", "language_model"]
-_STRICT = ConfigDict(extra="forbid", strict=True)
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
     """Where the student's parts come from; each folder may also be a whole LLaVA folder, whose part is then taken."""
 
-    __pydantic_config__ = _STRICT
     vision_tower: str
     language_model: str
     projector: Literal["mlp2x_gelu", "linear", "pixel_shuffle"] = "mlp2x_gelu"
@@ -45,7 +46,6 @@ class StudentConfig:
 class TeacherConfig:
     """A LLaVA folder in transformers form, frozen."""
 
-    __pydantic_config__ = _STRICT
     path: str
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     quantization: Literal["none"] = "none"
@@ -55,7 +55,6 @@ class TeacherConfig:
 class SubsetConfig:
     """Keep the rows whose group hashes into [start, stop) of [0, 1): near-copies of one row never fall on two sides."""
 
-    __pydantic_config__ = _STRICT
     group: str
     """Regular expression; the text that it matches in a row's id names the row's group."""
     start: float = 0.0
@@ -69,13 +68,12 @@ class DataConfig:
     A JSON list or JSON lines in LLaVA's format, or parquet or a saved `datasets` folder with `images` and `messages`.
     """
 
-    __pydantic_config__ = _STRICT
     path: str
     images: str | None = None
     """Folder, zip or tar archive that the rows' picture names are relative to."""
     subset: SubsetConfig | None = None
     template: Literal["pretrain", "vicuna_v1", "chatml"] = "vicuna_v1"
-    max_length: int = 2048
+    max_length: Count = 2048
     """Longest row in tokens, picture tokens included; a longer one is cut on the right and counted as `truncated`."""
 
 
@@ -83,11 +81,10 @@ class DataConfig:
 class LossConfig:
     """Weights of the loss parts (LLaVA-KD eq. 1: ce + a response_kl + b visual_kl + c relation)."""
 
-    __pydantic_config__ = _STRICT
-    ce: float = 0.0
-    response_kl: float = 0.0
-    visual_kl: float = 0.0
-    relation: float = 0.0
+    ce: Weight = 0.0
+    response_kl: Weight = 0.0
+    visual_kl: Weight = 0.0
+    relation: Weight = 0.0
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "total_variation"] = "forward_kl"
     beta: float = 0.5
     """Mixture of `jsd` (0 is forward KL, 1 reverse KL), or skew of `skewed_kl`."""
@@ -112,21 +109,20 @@ class LossConfig:
 class StageConfig:
     """One stage: what is trained, on what, towards what."""
 
-    __pydantic_config__ = _STRICT
     name: str
-    data: str | dict[str, float]
+    data: str | Annotated[dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=1)]
     """A source, or several with weights: 2.5 gives all of its rows twice and half of them once more in each epoch."""
     train: tuple[Part, ...]
     losses: LossConfig
     learning_rate: float
     global_batch_size: int
-    micro_batch_size: int | None = None
+    micro_batch_size: Count | None = None
     """Rows a device holds at once; absent: global_batch_size / number of processes. Accumulation is derived."""
     epochs: float = 1.0
     reduction: Literal["sample", "token"] = "sample"
     """sample: mean over rows of each row's mean; token: mean over the global batch's tokens (or pictures)."""
     grouping: Literal["none", "length", "modality_length"] = "modality_length"
-    warmup_ratio: float = 0.03
+    warmup_ratio: Share = 0.03
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
@@ -141,7 +137,6 @@ class StageConfig:
 class EvaluationConfig:
     """Generation and exact-match scoring after the last stage."""
 
-    __pydantic_config__ = _STRICT
     data: str
     batch_size: int = 64
     max_new_tokens: int = 32
@@ -153,7 +148,6 @@ class EvaluationConfig:
 class WorldConfig:
     """Draw a Shapes world into RUN/world before the run; data paths reach it as `world:instruct.json`."""
 
-    __pydantic_config__ = _STRICT
     scenes: int
     seed: int = 0
     test_questions: int = 1000
@@ -165,7 +159,7 @@ class WorldConfig:
 class Recipe:
     """A whole run."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # of its parts, too
     name: str
     student: StudentConfig
     data: dict[str, DataConfig]
@@ -178,12 +172,12 @@ class Recipe:
     gradient_checkpointing: bool = False
     cache_features: bool = False
     """Run the frozen vision tower once per picture and keep its features under RUN/features."""
-    max_bad_rows: float = 0.001
+    max_bad_rows: Share = 0.001
     """Share of rows that may be left out because they cannot be used; more of them stop the run."""
-    save_every: int = 500
+    save_every: Count = 500
     """Optimiser steps between checkpoints."""
-    log_every: int = 10
-    workers: int = 2
+    log_every: Count = 10
+    workers: Annotated[int, Field(ge=0)] = 2
     """Processes that read pictures ahead; 0 reads in the main process."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Names of experiment trackers known to accelerate."""
@@ -196,18 +190,16 @@ class Recipe:
 class _RecipeLoader(yaml.SafeLoader):
     """Safe YAML that refuses repeated keys and reads 1e-3 as a number."""
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node)
+            if key in seen:
+                raise RecipeError(f"key {key!r} stands twice (line {key_node.start_mark.line + 1}); remove one")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
 
-def _mapping_without_repeats(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[str] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if key in seen:
-            raise RecipeError(f"key {key!r} stands twice (line {key_node.start_mark.line + 1}); remove one")
-        seen.add(key)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
-
-_RecipeLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_repeats)
 _RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
@@ -220,21 +212,19 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: unreadable file, unknown or repeated key, wrong type, or a run that cannot make sense.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        tree = _read_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 text: {error}") from error
-    try:
-        tree = yaml.load(text, Loader=_RecipeLoader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise RecipeError(
-            f"{path} holds a {type(tree).__name__}, expected a mapping with keys name, student, data, ..."
-        )
+        found = type(tree).__name__
+        raise RecipeError(f"{path} holds a {found}, expected a mapping with keys name, student, data, ...")
     for override in overrides:
-        _apply_override(tree, override)
+        try:
+            _apply_override(tree, override)
+        except RecipeError as error:
+            raise RecipeError(f"override {override!r}: {error}") from error
     return parse_recipe(tree)
 
 
@@ -247,7 +237,8 @@ def parse_recipe(tree: dict[str, Any]) -> Recipe:
         raise RecipeError("\n".join(_explain(problem) for problem in error.errors())) from None
     except TypeError as error:
         raise RecipeError(f"the recipe holds a value that is neither text, number, list nor mapping: {error}") from None
-    check_sense(recipe)
+    if problems := list(find_problems(recipe)):
+        raise RecipeError("\n".join(problems))
     return recipe
 
 
@@ -263,24 +254,19 @@ def to_tree(recipe: Recipe) -> dict[str, Any]:
 
 def resolve_paths(recipe: Recipe, out: Path) -> Recipe:
     """Replace the prefixes `world:` (RUN/world) and `package:` (files shipped with llavakd) in every path."""
-    prefixes = {"world:": out / "world", "package:": Path(__file__).parent / "assets"}
+    folders = {"world": out / "world", "package": Path(__file__).parent / "assets"}
 
     def place(path: str) -> str:
-        for prefix, folder in prefixes.items():
-            if path.startswith(prefix):
-                return str(folder / path.removeprefix(prefix))
-        return path
+        prefix, colon, rest = path.partition(":")
+        return str(folders[prefix] / rest) if colon and prefix in folders else path
 
-    student = dataclasses.replace(
-        recipe.student,
-        vision_tower=place(recipe.student.vision_tower),
-        language_model=place(recipe.student.language_model),
-    )
-    data = {
-        name: dataclasses.replace(source, path=place(source.path), images=source.images and place(source.images))
-        for name, source in recipe.data.items()
-    }
-    teacher = recipe.teacher and dataclasses.replace(recipe.teacher, path=place(recipe.teacher.path))
+    def placed(part: Any, *keys: str) -> Any:
+        paths = {key: getattr(part, key) for key in keys}
+        return dataclasses.replace(part, **{key: place(path) for key, path in paths.items() if path})
+
+    student = placed(recipe.student, "vision_tower", "language_model")
+    data = {name: placed(source, "path", "images") for name, source in recipe.data.items()}
+    teacher = recipe.teacher and placed(recipe.teacher, "path")
     return dataclasses.replace(recipe, student=student, data=data, teacher=teacher)
 
 
@@ -300,73 +286,69 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -
 
 def control_twin(recipe: Recipe) -> Recipe:
     """The equal-step control: the same stages on the same data from the same start, cross-entropy only."""
+    plain = {"dpt": "pt", "sft": "sft", "dft": "sft2"}
     stages = tuple(
-        dataclasses.replace(stage, name=_PLAIN_NAMES.get(stage.name, f"{stage.name}-plain"), losses=LossConfig(ce=1.0))
+        dataclasses.replace(stage, name=plain.get(stage.name, f"{stage.name}-plain"), losses=LossConfig(ce=1.0))
         for stage in recipe.stages
     )
-    name = "-".join(_PLAIN_NAMES.get(stage.name, stage.name).rstrip("2") for stage in recipe.stages)
+    name = "-".join(plain.get(stage.name, stage.name).rstrip("2") for stage in recipe.stages)
     return dataclasses.replace(recipe, name=name, stages=stages, teacher=None)
 
 
-_PLAIN_NAMES = {"dpt": "pt", "sft": "sft", "dft": "sft2"}
+def _read_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_RecipeLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{source} is not YAML: {error}") from error
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     path, equals, value = override.partition("=")
     if not equals or not path:
-        raise RecipeError(f"override {override!r} is not of the form key.key=value")
+        raise RecipeError("it is not of the form key.key=value")
     *parents, last = path.split(".")
     node: Any = tree
-    for depth, key in enumerate(parents):
-        node = _child(node, key, ".".join(parents[: depth + 1]), override)
+    for depth, key in enumerate(parents, start=1):
+        node = _child(node, key, ".".join(parents[:depth]))
     if isinstance(node, list):
-        raise RecipeError(f"override {override!r}: {'.'.join(parents)} is a list; name one of its entries and a key")
-    try:
-        node[last] = yaml.load(value, Loader=_RecipeLoader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: {value!r} is not YAML: {error}") from error
+        raise RecipeError(f"{'.'.join(parents)} is a list; name one of its entries and a key")
+    node[last] = _read_yaml(value, repr(value))
 
 
-def _child(node: Any, key: str, path: str, override: str) -> Any:
+def _child(node: dict[str, Any] | list[Any], key: str, place: str) -> Any:
     if isinstance(node, list):
-        names = [str(entry.get("name", "")) if isinstance(entry, dict) else "" for entry in node]
-        if key in names:
-            return node[names.index(key)]
-        if key.isdigit() and int(key) < len(node):
-            return node[int(key)]
-        raise RecipeError(f"override {override!r}: no entry {key!r} at {path}{nearest(key, names)}")
+        numbered = {str(index): entry for index, entry in enumerate(node) if isinstance(entry, dict)}
+        named = {str(entry.get("name")): entry for entry in numbered.values()}
+        if key not in numbered | named:
+            raise RecipeError(f"no entry {key!r} at {place}{nearest(key, named)}")
+        return (numbered | named)[key]
+    if node.get(key) is None and key in ("teacher", "evaluation", "world", "subset"):
+        node[key] = {}
     if not isinstance(node.get(key), dict | list):
-        if node.get(key) is None and key in ("teacher", "evaluation", "world", "subset"):
-            node[key] = {}
-            return node[key]
-        raise RecipeError(f"override {override!r}: {path} is not a mapping{nearest(key, node)}")
+        raise RecipeError(f"{place} is not a mapping{nearest(key, node)}")
     return node[key]
 
 
 def _explain(problem: Any) -> str:
-    place = ".".join(str(part) for part in problem["loc"])
+    place, last, got = ".".join(map(str, problem["loc"])), str(problem["loc"][-1]), problem["input"]
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        owner = _owner_of(problem["loc"][:-1])
-        known = [f.name for f in dataclasses.fields(owner)] if owner else []
-        return f"unknown key {place!r}{nearest(str(problem['loc'][-1]), known)}"
+        return f"unknown key {place!r}{nearest(last, _known_keys(problem['loc'][:-1]))}"
     if problem["type"] in ("missing", "missing_argument"):
         return f"key {place!r} is missing; add it"
     if problem["type"] == "literal_error":
         expected = problem["ctx"]["expected"]
-        choices = [part.strip("' ") for part in expected.replace(" or ", ",").split(",")]
-        return f"{place}: got {problem['input']!r}, expected {expected}{nearest(str(problem['input']), choices)}"
-    return f"{place}: got {problem['input']!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+        choices = re.findall("'(.*?)'", expected)
+        return f"{place}: got {got!r}, expected {expected}{nearest(str(got), choices)}"
+    return f"{place}: got {got!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
-def _owner_of(place: Iterable[Any]) -> Any:
-    """The dataclass that the keys at `place` belong to, walked through the annotations."""
-    kind: Any = Recipe
-    for key in place:
-        if dataclasses.is_dataclass(kind):
-            kind = typing.get_type_hints(kind).get(str(key))
-        else:  # dict[str, X], tuple[X, ...]
-            kind = typing.get_args(kind)[1 if typing.get_origin(kind) is dict else 0]
-        members = [member for member in typing.get_args(kind) if dataclasses.is_dataclass(member)]
-        if members and typing.get_origin(kind) not in (dict, tuple):
-            kind = members[0]
-    return kind if dataclasses.is_dataclass(kind) else None
+def _known_keys(place: Iterable[Any]) -> list[str]:
+    """The keys of the dataclass at `place`, found through the annotations."""
+    owner: Any = Recipe
+    steps = iter(place)
+    for key in steps:
+        hint = typing.get_type_hints(owner)[key]
+        owner = next(member for member in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(member))
+        if typing.get_origin(hint) in (dict, tuple):
+            next(steps)  # a key or an index of dict[str, X] or tuple[X, ...]
+    return [field.name for field in dataclasses.fields(owner)]

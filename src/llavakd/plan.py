@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoConfig, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import AutoConfig, AutoTokenizer
 
 from llavakd.config import Recipe, StageConfig, resolve_paths
 from llavakd.data.chat import ChatRenderer, Segment
 from llavakd.data.samples import IMAGE_TAG, load_samples
 from llavakd.errors import UserError, nearest
 from llavakd.losses.rows import GRADIENT_CHUNKS, rows_at_once
-from llavakd.models.parts import load_for
-from llavakd.models.student import VisionLanguageModel, final_hidden, student_config, vision_features
+from llavakd.models.parts import FAMILIES, load_for
+from llavakd.models.student import VisionLanguageModel, final_hidden, outline, student_config, vision_features
 from llavakd.models.teacher import DTYPES
 from llavakd.train.loop import shard_of, total_steps
 
@@ -71,31 +72,29 @@ def plan_run(
     if gpus < 1 or not 0 < efficiency <= 1:
         raise UserError(f"got --gpus {gpus} and --efficiency {efficiency}; expected at least 1, and a share up to 1")
     recipe = resolve_paths(recipe, Path("runs") / recipe.name)
-    student = _outline(student_config(recipe.student))
-    teacher: VisionLanguageModel | None = None
+    models = {"student": outline(student_config(recipe.student))}
     assumptions = ["hours are those of bf16, precision is fp32"] if recipe.precision == "fp32" else []
     if recipe.teacher and any(stage.losses.distils for stage in recipe.stages):
         config = load_for("teacher.path", AutoConfig, recipe.teacher.path)
-        if config.model_type != "llava":
-            raise UserError(
-                f"teacher.path: {recipe.teacher.path} holds a {config.model_type!r} model, expected 'llava'"
-            )
-        teacher = _outline(config)
-        if _tower_flops(student) == _tower_flops(teacher):
+        if (kind := config.model_type) not in FAMILIES:
+            known = ", ".join(FAMILIES)
+            raise UserError(f"teacher.path: {recipe.teacher.path} holds a {kind!r} model, expected one of {known}")
+        models["teacher"] = outline(config)
+        if len(set(map(_tower_flops, models.values()))) == 1:
             assumptions.append("vision towers of equal size are taken to be equal: one run serves both models")
     sources = {
-        name: _tokens(recipe, name, student.tokens_per_image, rows, text_tokens, assumptions)
-        for name in dict.fromkeys(stage.data for stage in recipe.stages)
+        name: _tokens(recipe, name, models["student"].tokens_per_image, rows, text_tokens, assumptions)
+        for name in {name: None for stage in recipe.stages for name in stage.sources}
     }
     stages = []
     for stage in recipe.stages:
-        cost = StageCost(recipe, stage, student, teacher if stage.losses.distils else None, sources[stage.data], gpus)
-        planned = cost.plan(GPUS[gpu][1] * 2**30 * _USABLE)
-        hours = sum(planned["flops"].values()) / (gpus * GPUS[gpu][0] * 1e12 * efficiency) / 3600
-        stages.append(planned | {"hours": hours})
-    models = {name: _sizes(model) for name, model in (("student", student), ("teacher", teacher)) if model}
+        teacher = models["teacher"] if stage.losses.distils else None
+        tokens = _mixed([(sources[name], weight) for name, weight in stage.sources.items()])
+        cost = StageCost(recipe, stage, models["student"], teacher, tokens, gpus)
+        stages.append(cost.plan(gpu, efficiency))
     answer = {"name": recipe.name, "gpu": gpu, "gpus": gpus, "efficiency": efficiency}
-    return answer | {"parameters": models, "stages": stages, "assumptions": assumptions}
+    sizes = {name: _sizes(model) for name, model in models.items()}
+    return answer | {"parameters": sizes, "stages": stages, "assumptions": assumptions}
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,18 +108,18 @@ class StageCost:
     tokens: Tokens
     gpus: int = 1
 
-    def plan(self, usable: float) -> dict[str, Any]:
-        """Everything about the stage but its hours; `usable` bytes of memory per GPU."""
-        recipe, stage, tokens = self.recipe, self.stage, self.tokens
+    def plan(self, gpu: str, efficiency: float) -> dict[str, Any]:
+        """Everything about the stage on GPUs of a kind of GPUS."""
+        recipe, stage, tokens, (rate, gib) = self.recipe, self.stage, self.tokens, GPUS[gpu]
         self.student.train_only(stage.train)
         micro = shard_of(recipe, stage.name, rank=0, world_size=self.gpus).micro_batch_size
         steps = total_steps(tokens.rows, stage)
         seen = steps * stage.global_batch_size
         flops = {part: seen * value for part, value in self.row_flops(micro).items()}
         if recipe.cache_features:  # each picture once, for the first stage that reads its folder
-            images = recipe.data[stage.data].images
-            first = next(other for other in recipe.stages if recipe.data[other.data].images == images)
-            flops["vision_tower"] *= (first is stage) * tokens.rows / seen
+            folders = [{recipe.data[name].images for name in other.sources} for other in recipe.stages]
+            place = recipe.stages.index(stage)
+            flops["vision_tower"] *= (folders.index(folders[place]) == place) * tokens.rows / seen
         now = (micro, recipe.gradient_checkpointing, recipe.teacher.dtype if recipe.teacher else "bfloat16")
         return {
             "name": stage.name,
@@ -131,7 +130,8 @@ class StageCost:
             "accumulation": stage.global_batch_size // (micro * self.gpus),
             "flops": flops,
             "memory": self.memory(*now),
-            "advice": self._advice(now, usable),
+            "advice": self._advice(now, gib * 2**30 * _USABLE),
+            "hours": sum(flops.values()) / (self.gpus * rate * 1e12 * efficiency) / 3600,
         }
 
     def row_flops(self, micro: int) -> dict[str, float]:
@@ -139,23 +139,23 @@ class StageCost:
         losses, again, tokens = self.stage.losses, self.recipe.gradient_checkpointing, self.tokens
         tower_learns, projector_learns, text_learns = (part in self.stage.train for part in self.student.parts())
         count, pictures = self.student.tokens_per_image, tokens.visual / self.student.tokens_per_image
-        linear, attention, projector = _language_flops(self.student, tokens)
-        tower = pictures * _tower_flops(self.student)
+        tower, linear, attention, projector = _forward_flops(self.student, tokens)
         # A frozen layer passes the gradient on: one product; a learning one makes its own, too. Attention: five for two.
         backward = linear * (1 + text_learns) + attention * 2.5 + 2 * projector * projector_learns
         # A layer is made again up to its last matrix, which is not needed.
         config = self.student.model.config.text_config
-        last = config.hidden_size * config.intermediate_size * config.num_hidden_layers
-        last *= 2 * (tokens.visual + tokens.text)
-        backward += again * (linear + attention - last)
-        flops = {"vision_tower": tower, "student_forward": linear + attention + projector}
-        flops["student_backward"] = backward + tower * (2 + again) * tower_learns
+        last = 2 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
+        backward += again * (linear + attention - last * (tokens.visual + tokens.text))
         width, ds, live = self._width(), self.student.head.shape[1], self._live(tokens.visual, tokens.response)
-        flops["heads"] = 2 * live * width * ds * (2 + text_learns)
+        flops = {
+            "vision_tower": tower,
+            "student_forward": linear + attention + projector,
+            "student_backward": backward + tower * (2 + again) * tower_learns,
+            "heads": 2 * live * width * ds * (2 + text_learns),
+        }
         if self.teacher:
-            dt = self.teacher.head.shape[1]
-            theirs = pictures * _tower_flops(self.teacher)
-            flops["teacher"] = sum(_language_flops(self.teacher, tokens)) + theirs * (tower_learns or theirs != tower)
+            dt, (theirs, *others) = self.teacher.head.shape[1], _forward_flops(self.teacher, tokens)
+            flops["teacher"] = sum(others) + theirs * (tower_learns or theirs != tower)
             flops["heads"] += 2 * live * width * dt
             squares = 4 * width * ds * ds * text_learns / micro  # a frozen head's is made once
             grams = 2 * count * (ds * ds * (2 + text_learns) + dt * dt) + 2 * count**2 * (3 * ds + dt)
@@ -168,11 +168,6 @@ class StageCost:
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         gradients = sum(parameter.nbytes for parameter in learning)
         bf16, parts = self.recipe.precision == "bf16", self.student.parts()
-
-        def kept(index: int, again: bool) -> float:  # linear in the rows
-            one, two = (self._saved(rows, again)[index] for rows in (1, 2))
-            return one + (micro - 1) * (two - one)
-
         # Two bytes per weight: the copies that autocast holds until the loss is made; without checkpointing they are kept.
         copies = sum(_linear_flops(parts[part]) for part in self.stage.train) * (checkpointing and bf16)
         visual = tokens.most_pictures * self.student.tokens_per_image
@@ -182,19 +177,18 @@ class StageCost:
         chunk = 4 * width * min(live, at_once) * (2 if self.teacher else 1)
         chunk += (2 if bf16 else 4) * width * min(live, GRADIENT_CHUNKS * at_once)
         loss = chunk + 2 * width * head.shape[1] * bf16 + head.nbytes * head.requires_grad + 8 * live * head.shape[1]
-        theirs = 0
-        if self.teacher:
-            theirs = sum(p.numel() for p in self.teacher.model.parameters()) * DTYPES[teacher_dtype].itemsize
+        theirs = list(self.teacher.model.parameters()) if self.teacher else []
         memory = {
             "weights": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
-            "teacher": theirs,
+            "teacher": sum(parameter.numel() for parameter in theirs) * DTYPES[teacher_dtype].itemsize,
             "optimizer": 2 * gradients + 4 * len(learning),
             "gradients": gradients,
-            "activations": kept(0, checkpointing),
-            "recomputed layer": kept(1, False) * checkpointing,
+            "activations": self._saved(micro, checkpointing)[0],
+            "recomputed layer": self._saved(micro, False)[1] * checkpointing,
             "loss": loss + copies,
         }
-        standing = memory["weights"] + theirs + memory["optimizer"] + gradients * (self.gpus > 1)  # DDP's buckets
+        standing = sum(memory[part] for part in ("weights", "teacher", "optimizer"))
+        standing += gradients * (self.gpus > 1)  # DDP's buckets
         passing = memory["activations"] + max(memory["loss"], memory["recomputed layer"])
         # Without accumulation gradients come while activations go, all but the layer that is made again.
         accumulates = self.stage.global_batch_size > micro * self.gpus
@@ -219,59 +213,54 @@ class StageCost:
         losses = self.stage.losses
         return response * bool(losses.ce or losses.response_kl) + visual * bool(losses.visual_kl)
 
-    @functools.cache  # noqa: B019 - lives as long as the plan is made
-    def _saved(self, rows: int, checkpointing: bool) -> tuple[int, int]:
-        """Bytes that autograd keeps of `rows` longest rows, and of one decoder layer alone."""
-        config, kept = self.student.model.config, functools.partial(self._kept, rows, checkpointing)
-        base = kept(1, 1)
-        layer = kept(2, 1) - base
-        total = base + (config.text_config.num_hidden_layers - 1) * layer
+    def _saved(self, micro: int, checkpointing: bool) -> tuple[int, int]:
+        """Bytes that autograd keeps of `micro` longest rows, and of one decoder layer alone; both linear in the rows."""
+        config = self.student.model.config
+
+        def kept(*layers: int) -> int:
+            one, two = (self._kept(rows, checkpointing, *layers) for rows in (1, 2))
+            return one + (micro - 1) * (two - one)
+
+        layer = kept(2, 1) - kept(1, 1)
+        total = kept(1, 1) + (config.text_config.num_hidden_layers - 1) * layer
         if "vision_tower" in self.stage.train:
-            total += (config.vision_config.num_hidden_layers - 1) * (kept(1, 2) - base)
+            total += (config.vision_config.num_hidden_layers - 1) * (kept(1, 2) - kept(1, 1))
         return total, layer
 
+    @functools.cache  # noqa: B019 - lives as long as the plan is made
     def _kept(self, rows: int, checkpointing: bool, text_layers: int, vision_layers: int) -> int:
         """Bytes that autograd keeps of the real forward over `rows` longest rows, of a student cut to so many layers."""
         thin, train, tokens = copy.deepcopy(self.student.model.config), self.stage.train, self.tokens
         thin.text_config.num_hidden_layers, thin.vision_config.num_hidden_layers = text_layers, vision_layers
         thin.vision_feature_layer = -1
-        student, vision = _outline(thin), thin.vision_config
-        model = student.model.train()
-        own: set[int] = set()
-        kept: dict[int, int] = {}
+        student, vision, saved = outline(thin), thin.vision_config, dict[int, tuple[StorageWeakRef, int]]()
         student.train_only(train)
+        model = student.model.train()
 
         def note(tensor: Tensor) -> Tensor:
-            if (storage := tensor.untyped_storage())._cdata not in own:
-                kept[storage._cdata] = storage.nbytes()
+            storage = tensor.untyped_storage()
+            saved[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
             return tensor
 
         with FakeTensorMode():
             model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype)).tie_weights()
-            own |= {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-            if checkpointing:
-                # Named so from transformers 5.23.
+            if checkpointing:  # named so from transformers 5.23
                 getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
             pictures, bf16 = rows * tokens.most_pictures, self.recipe.precision == "bf16"
             visual = torch.empty(rows, tokens.longest, dtype=torch.bool)
-            features = torch.empty(pictures, student.tokens_per_image, vision.hidden_size) if pictures else None
+            features = torch.empty(pictures, student.features_per_image, vision.hidden_size) if pictures else None
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16), saved_tensors_hooks(note, lambda tensor: tensor):
                 if pictures and "vision_tower" in train:
                     features = vision_features(model, torch.empty(pictures, 3, vision.image_size, vision.image_size))
-                hidden = final_hidden(model, visual.long(), visual.long(), visual, features)
-        del hidden  # it kept the graph alive: a storage is told from others by its address
-        return sum(kept.values())
-
-
-def _outline(config: LlavaConfig) -> VisionLanguageModel:
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config).float()  # parts take the dtype that their config names
-    return VisionLanguageModel(model=model, tokenizer=None, image_processor=None)
+                hidden = final_hidden(model, visual.long(), visual.long(), visual, features)  # noqa: F841 - its graph
+        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        # Freed by now is what unused layers saved.
+        return sum(size for key, (storage, size) in saved.items() if key not in own and not storage.expired())
 
 
 def _sizes(model: VisionLanguageModel) -> dict[str, int]:
     """Parameters by part, an untied head with its language model."""
-    sizes: dict[str, int] = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()}
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()}
     return sizes | {"language_model": model.model.num_parameters() - sizes["vision_tower"] - sizes["projector"]}
 
 
@@ -310,6 +299,18 @@ def _tokens(
     return Tokens(rows=rows, visual=per_picture, text=text, response=response, longest=longest)
 
 
+def _mixed(sources: list[tuple[Tokens, float]]) -> Tokens:
+    """Counts of a stage that reads each source with a weight."""
+    rows = [round(weight * tokens.rows) for tokens, weight in sources]
+    each = [tokens for tokens, _ in sources]
+    mean = {
+        name: sum(count * getattr(one, name) for count, one in zip(rows, each, strict=True)) / sum(rows)
+        for name in ("visual", "text", "response")
+    }
+    most = {name: max(getattr(one, name) for one in each) for name in ("longest", "most_pictures")}
+    return Tokens(rows=sum(rows), **mean, **most)
+
+
 def _linear_flops(module: nn.Module) -> int:
     """Of one position."""
     return 2 * sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d))
@@ -321,13 +322,15 @@ def _attention_flops(config: Any, length: float) -> float:
 
 
 def _tower_flops(model: VisionLanguageModel) -> float:
-    count = model.tokens_per_image + (model.model.config.vision_feature_select_strategy == "default")
+    count = model.features_per_image + (model.model.config.vision_feature_select_strategy == "default")
     own = _attention_flops(model.model.config.vision_config, count)
     return count * _linear_flops(model.parts()["vision_tower"]) + own
 
 
-def _language_flops(model: VisionLanguageModel, tokens: Tokens) -> tuple[float, float, float]:
-    """Of a mean row: the decoder's matrices, its attention, and the projector."""
+def _forward_flops(model: VisionLanguageModel, tokens: Tokens) -> tuple[float, float, float, float]:
+    """Of a mean row: the tower, the decoder's matrices, its attention, and the projector."""
     length, parts = tokens.visual + tokens.text, model.parts()
+    tower = tokens.visual / model.tokens_per_image * _tower_flops(model)
     attention = _attention_flops(model.model.config.text_config, length)
-    return length * _linear_flops(parts["language_model"]), attention, tokens.visual * _linear_flops(parts["projector"])
+    linear = length * _linear_flops(parts["language_model"])
+    return tower, linear, attention, tokens.visual * _linear_flops(parts["projector"])

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 
+import yaml
 from transformers import PreTrainedTokenizerBase
 
 from llavakd.data.samples import IMAGE_TAG, DataError, Sample, Turn
@@ -53,58 +55,9 @@ class Rendered:
     truncated: bool = False
 
 
-_CONTENT = (
-    "{% if m['content'] is string %}{{ m['content'] | trim }}{% else %}"
-    "{% for c in m['content'] if c['type'] == 'image' %}<image>\n{% endfor %}"
-    "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] | trim }}{% endfor %}{% endif %}"
-)
-_VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
-)
-
-TEMPLATES: dict[str, Template] = {
-    # LLaVA's caption stage: the question is dropped, the caption and its newline are supervised.
-    "pretrain": Template(
-        system="",
-        before_question="",
-        tag=IMAGE_TAG,
-        keeps_question=False,
-        after_question="",
-        before_answer="",
-        end="\n",
-        after_answer="",
-        jinja=None,
-    ),
-    # TinyLLaVA's `qwen2_base` = `phi`: supervision starts at the answer's leading space.
-    "vicuna_v1": Template(
-        system=_VICUNA_SYSTEM,
-        before_question="USER: ",
-        tag=f"{IMAGE_TAG}\n",
-        keeps_question=True,
-        after_question=" ASSISTANT:",
-        before_answer=" ",
-        end=None,
-        after_answer="",
-        jinja=_VICUNA_SYSTEM
-        + "{% for m in messages %}{% if m['role'] == 'user' %}USER: "
-        + _CONTENT
-        + " ASSISTANT:{% else %} "
-        + _CONTENT
-        + "{{ eos_token }}{% endif %}{% endfor %}",
-    ),
-    "chatml": Template(
-        system="",
-        before_question="<|im_start|>user\n",
-        tag=f"{IMAGE_TAG}\n",
-        keeps_question=True,
-        after_question="<|im_end|>\n<|im_start|>assistant\n",
-        before_answer="",
-        end="<|im_end|>",
-        after_answer="\n",
-        jinja="{% for m in messages %}<|im_start|>{{ m['role'] }}\n" + _CONTENT + "<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    ),
+TEMPLATES = {
+    name: Template(**fields)
+    for name, fields in yaml.safe_load(Path(__file__).with_name("templates.yaml").read_text(encoding="utf-8")).items()
 }
 
 

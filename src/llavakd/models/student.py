@@ -63,6 +63,11 @@ class VisionLanguageModel:
         return self.model.config.image_seq_length
 
     @property
+    def features_per_image(self) -> int:
+        """Tower features of one picture, before a projector joins any."""
+        return self.tokens_per_image * getattr(self.model.config, "downsample_factor", 1) ** 2
+
+    @property
     def head(self) -> Tensor:
         """The language-model head, [V, D]."""
         return self.model.lm_head.weight

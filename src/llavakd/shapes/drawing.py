@@ -22,10 +22,8 @@ RGB = {
     "white": (250, 250, 250),
     "black": (10, 10, 10),
 }
-Coordinates = NDArray[np.float64]
-
-# Each says which pixels belong to the shape, from their places right of and below its centre in half diameters.
-OUTLINES: dict[str, Callable[[Coordinates, Coordinates], NDArray[np.bool_]]] = {
+# Which pixels belong to a shape, from their places right of and below its centre in half diameters.
+OUTLINES: dict[str, Callable[..., NDArray[np.bool_]]] = {
     "circle": lambda x, y: x**2 + y**2 <= 1,
     "square": lambda x, y: np.maximum(abs(x), abs(y)) <= 1,
     "triangle": lambda x, y: 2 * abs(x) <= y + 1,

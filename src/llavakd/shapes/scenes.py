@@ -51,16 +51,6 @@ class Scene:
         if not 2 <= len(cells) <= 5 or cells != sorted(set(cells)):
             raise UserError(f"got things in cells {cells}, expected 2 to 5 cells in rising order; sort and part them")
 
-    def at(self, cell: int) -> Thing | None:
-        """The thing in a cell (0 to 8), or None where the cell is empty."""
-        return next((thing for thing in self.things if thing.cell == cell), None)
-
-    def outward(self, thing: Thing, direction: str) -> list[Thing | None]:
-        """What lies in a direction (a key of DIRECTIONS) of a thing, cell by cell to the edge, None where it is empty."""
-        (row, column), (down, along) = divmod(thing.cell, SIDE), DIRECTIONS[direction]
-        ray = [(row + steps * down, column + steps * along) for steps in range(1, SIDE)]
-        return [self.at(r * SIDE + c) for r, c in ray if 0 <= r < SIDE and 0 <= c < SIDE]
-
 
 def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
     """All of the scene and nothing else, in words: `northwest big red circle, center small blue square.`.
@@ -81,13 +71,10 @@ def random_scene(rng: np.random.Generator) -> Scene:
     """Draw a scene of 2 to 5 things, of 2 to 4 colours so that equal colours are common enough to be counted."""
     count = int(rng.integers(2, 6))
     cells = sorted(rng.permutation(SIDE * SIDE)[:count].tolist())
-    palette = rng.permutation(len(COLORS))[: rng.integers(2, 5)].tolist()
-    drawn = [rng.integers(0, options, count).tolist() for options in (len(palette), len(SHAPES), len(SIZES))]
-    things = [
-        Thing(shape=SHAPES[shape], color=COLORS[palette[color]], size=SIZES[size], cell=cell)
-        for color, shape, size, cell in zip(*drawn, cells, strict=True)
-    ]
-    return Scene(things=tuple(things))
+    palette = rng.permutation(COLORS)[: rng.integers(2, 5)]
+    colors, shapes, sizes = (rng.choice(options, count).tolist() for options in (palette, SHAPES, SIZES))
+    drawn = zip(shapes, colors, sizes, cells, strict=True)
+    return Scene(things=tuple(Thing(shape=s, color=c, size=z, cell=cell) for s, c, z, cell in drawn))
 
 
 def scene_in(split: str, rng: np.random.Generator) -> Scene:

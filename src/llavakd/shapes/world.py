@@ -1,7 +1,7 @@
 """Write a Shapes world to a folder that any reader of LLaVA data can read."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,9 +16,6 @@ from llavakd.shapes.drawing import draw
 from llavakd.shapes.questions import KINDS, Question, ask, ask_several, mistaken
 from llavakd.shapes.scenes import SPLITS, Scene, caption, scene_in
 
-DESCRIBE = "describe the picture."
-IMAGE_TAG = "<image>\n"
-
 _EXAM_QUESTIONS = 3  # Questions about each picture of val and test.
 _MANY_TURNS = 0.6  # Share of train scenes asked about in one long conversation rather than two short ones.
 _TEXT_ONLY = 0.09  # Rows without a picture for each train scene; with 1.4 rows that have one, about 6 % of all.
@@ -28,8 +25,7 @@ _CHUNK = 250  # Scenes that a worker draws, and that progress goes on, at a time
 _SHUFFLE = len(SPLITS)  # Seeds the order of rows (two of them), apart from all splits.
 _SLIPS = _SHUFFLE + 2  # Seeds the wrong answers: everything else is the same with and without them.
 
-Rows = dict[str, list[str]]  # by file, each row a line of JSON, several times smaller than objects to hand back
-Turns = list[tuple[str, str]]
+Row = tuple[str, str]  # file, and the row as a line of JSON, several times smaller than objects to hand back
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,82 +37,68 @@ class WorldSummary:
     rows: dict[str, int]
 
 
-def _row(name: str, turns: Turns, *, image: str | None = None, kind: str | None = None) -> str:
-    values = [value for turn in turns for value in turn]
-    if image is not None:
-        values[0] = IMAGE_TAG + values[0]
-    conversations = [{"from": ("human", "gpt")[place % 2], "value": value} for place, value in enumerate(values)]
-    row = {"id": name, "image": image, "conversations": conversations, "type": kind}
-    return json.dumps({key: value for key, value in row.items() if value is not None})
+def _row(name: str, talk: Sequence[Question], *, image: str = "", told: str = "", kind: str = "") -> str:
+    """A LLaVA row about a picture, or about a scene that is `told` in words."""
+    values = [value for question in talk for value in (question.text, question.answer)]
+    values[0] = (f"scene: {told} " if told else "<image>\n") + values[0]
+    turns = [{"from": ("human", "gpt")[place % 2], "value": value} for place, value in enumerate(values)]
+    row = {"id": name, "image": image, "conversations": turns, "type": kind}
+    return json.dumps({key: value for key, value in row.items() if value})
 
 
-def _turns(questions: Sequence[Question]) -> Turns:
-    return [(question.text, question.answer) for question in questions]
+def _description(scene: Scene, rng: np.random.Generator) -> list[Question]:
+    return [Question("describe", "describe the picture.", caption(scene, rng))]
 
 
-def _tell(scene: Scene, turns: Turns, rng: np.random.Generator) -> Turns:
-    """The scene in words before the first turn, in place of a picture."""
-    return [(f"scene: {caption(scene, rng)} {turns[0][0]}", turns[0][1]), *turns[1:]]
-
-
-def _train_scene(images: Path, index: int, rng: np.random.Generator, noise: float, slips: np.random.Generator) -> Rows:
-    def answered(scene: Scene, count: int) -> Turns:
+def _train_rows(image: Path, noise: float, rng: np.random.Generator, slips: np.random.Generator) -> Iterator[Row]:
+    def answered(scene: Scene, count: int) -> list[Question]:
         asked = ask_several(scene, count, rng)
-        return _turns([mistaken(question, slips) if slips.random() < noise else question for question in asked])
+        return [mistaken(question, slips) if slips.random() < noise else question for question in asked]
 
     scene = scene_in("train", rng)
-    name, image = f"{index:06d}", f"{index:06d}.png"
-    draw(scene, rng).save(images / image, compress_level=_COMPRESS)
+    draw(scene, rng).save(image, compress_level=_COMPRESS)
     if rng.random() < _MANY_TURNS:
-        conversations = [answered(scene, int(rng.integers(3, 6)))]
+        talks = [answered(scene, int(rng.integers(3, 6)))]
     else:
-        conversations = [[turn] for turn in answered(scene, 2)]
-    instruct = [_row(f"{name}-{number}", turns, image=image) for number, turns in enumerate(conversations)]
+        talks = [[question] for question in answered(scene, 2)]
+    for number, talk in enumerate(talks):
+        yield "instruct", _row(f"{image.stem}-{number}", talk, image=image.name)
     if rng.random() < _TEXT_ONLY:
-        told = scene_in("text", rng)
-        instruct.append(_row(f"{name}-text", _tell(told, answered(told, 1), rng)))
-    return {"pretrain": [_row(name, [(DESCRIBE, caption(scene, rng))], image=image)], "instruct": instruct}
+        scene_told = scene_in("text", rng)
+        yield "instruct", _row(f"{image.stem}-text", answered(scene_told, 1), told=caption(scene_told, rng))
+    yield "pretrain", _row(image.stem, _description(scene, rng), image=image.name)
 
 
-def _text_scene(index: int, rng: np.random.Generator) -> Rows:
+def _text_rows(name: str, rng: np.random.Generator) -> Iterator[Row]:
     scene = scene_in("text", rng)
-    if rng.random() < _RETOLD:
-        turns = [(DESCRIBE, caption(scene, rng))]  # in another order than it was told: every thing is looked up
-    else:
-        turns = _turns(ask_several(scene, 1 + int(rng.integers(3, 6)), rng))
-    return {"text": [_row(f"text-{index:06d}", _tell(scene, turns, rng))]}
+    retold = rng.random() < _RETOLD  # in another order than it was told, so that every thing is looked up
+    talk = _description(scene, rng) if retold else ask_several(scene, 1 + int(rng.integers(3, 6)), rng)
+    yield "text", _row(name, talk, told=caption(scene, rng))
 
 
-def _exam_scene(images: Path, split: str, index: int, total: int, rng: np.random.Generator) -> Rows:
-    """Kinds go round over all questions of the split; scenes are drawn until one allows all three that are due."""
-    numbers = range(index * _EXAM_QUESTIONS, min((index + 1) * _EXAM_QUESTIONS, total))
-    kinds = [list(KINDS)[number % len(KINDS)] for number in numbers]
+def _exam_rows(image: Path, split: str, numbers: range, rng: np.random.Generator) -> Iterator[Row]:
+    """Kinds go round over all questions of the split; scenes are drawn until one allows all kinds that are due."""
+    due = [list(KINDS)[number % len(KINDS)] for number in numbers]
     questions: list[Question] = []
-    while len(questions) < len(kinds):
+    while len(questions) < len(due):
         scene = scene_in(split, rng)
-        questions = [found for kind in kinds if (found := ask(scene, kind, rng)) is not None]
-    name = f"{split}-{index:06d}"
-    draw(scene, rng).save(images / f"{name}.png", compress_level=_COMPRESS)
-    rows = [
-        _row(f"{name}-{number}", _turns([question]), image=f"{name}.png", kind=question.kind)
-        for number, question in enumerate(questions)
-    ]
-    return {split: rows}
+        questions = [question for kind in due if (question := ask(scene, kind, rng))]
+    draw(scene, rng).save(image, compress_level=_COMPRESS)
+    for number, question in enumerate(questions):
+        yield split, _row(f"{image.stem}-{number}", [question], image=image.name, kind=question.kind)
 
 
-def _work(images: Path, seed: int, exams: dict[str, int], noise: float, place: tuple[str, int]) -> Rows:
-    """Draw scene `index` of a split; `exams` holds how many questions val and test have."""
+def _work(images: Path, seed: int, noise: float, exams: dict[str, range], place: tuple[str, int]) -> list[Row]:
+    """The rows of scene `index` of a split, its picture written; `exams` numbers the questions of val and test."""
     split, index = place
     rng = np.random.default_rng((seed, SPLITS.index(split), index))
     if split == "train":
-        return _train_scene(images, index, rng, noise, np.random.default_rng((seed, _SLIPS, index)))
+        slips = np.random.default_rng((seed, _SLIPS, index))
+        return list(_train_rows(images / f"{index:06d}.png", noise, rng, slips))
     if split == "text":
-        return _text_scene(index, rng)
-    return _exam_scene(images, split, index, exams[split], rng)
-
-
-def _shuffled(lines: Sequence[str], *seeds: int) -> list[str]:
-    return [lines[place] for place in np.random.default_rng(seeds).permutation(len(lines))]
+        return list(_text_rows(f"text-{index:06d}", rng))
+    due = exams[split][index * _EXAM_QUESTIONS :][:_EXAM_QUESTIONS]
+    return list(_exam_rows(images / f"{split}-{index:06d}.png", split, due, rng))
 
 
 def write_world(
@@ -154,23 +136,25 @@ def write_world(
         raise UserError(f"got noise={noise}, expected a share from 0 to below 1; change noise")
     images = directory / "images"
     images.mkdir(parents=True)
-    exams = {"val": test_questions // 2, "test": test_questions}
-    sizes = {"train": scenes, "text": 2 * scenes} | {name: -(-n // _EXAM_QUESTIONS) for name, n in exams.items()}
+    exams = {"val": range(test_questions // 2), "test": range(test_questions)}
+    sizes = {"train": scenes, "text": 2 * scenes}
+    sizes |= {split: -(-len(questions) // _EXAM_QUESTIONS) for split, questions in exams.items()}
     places = [(split, index) for split, size in sizes.items() for index in range(size)]
-    work = partial(_work, images, seed, exams, noise)
-    rows: Rows = {file: [] for file in ("pretrain", "instruct", "text", "mixed", "val", "test")}
+    work = partial(_work, images, seed, noise, exams)
+    rows: dict[str, list[str]] = {file: [] for file in ("pretrain", "instruct", "text", "mixed", "val", "test")}
     # Not forked: the caller may hold threads, as everyone does who has imported torch.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 1 else nullcontext()
     with pool as workforce:
         drawn = workforce.map(work, places, chunksize=_CHUNK) if workforce else map(work, places)
         for done, ((split, index), made) in enumerate(zip(places, drawn, strict=True), start=1):
-            for file, lines in made.items():
-                rows[file] += lines
+            for file, row in made:
+                rows[file].append(row)
             if progress is not None and ((index + 1) % _CHUNK == 0 or index + 1 == sizes[split]):
                 progress(done, len(places))
     # A scene's rows were made one after another, which would put them into one batch.
-    rows["instruct"] = _shuffled(rows["instruct"], seed, _SHUFFLE)
-    rows["mixed"] = _shuffled([*rows["pretrain"], *rows["instruct"], *rows["text"][::24]], seed, _SHUFFLE + 1)
+    np.random.default_rng((seed, _SHUFFLE)).shuffle(rows["instruct"])
+    rows["mixed"] = [*rows["pretrain"], *rows["instruct"], *rows["text"][::24]]
+    np.random.default_rng((seed, _SHUFFLE + 1)).shuffle(rows["mixed"])
     for file, lines in rows.items():
         (directory / f"{file}.json").write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8", newline="\n")
     pictures = len(places) - sizes["text"]
