@@ -60,6 +60,18 @@ def test_tags_anywhere_in_a_human_turn_are_counted_for_that_turn():
     assert [turn.text for turn in turns] == ["Compare  with", "Same.", "And now?", "No."]
 
 
+def test_a_row_may_carry_what_ten_people_answered():
+    people = ["cat"] * 9 + ["a dog"]
+    assert parse_row(GOOD | {"answers": people}, "here").answers == tuple(people)
+    assert parse_row(GOOD, "here").answers == ()
+
+
+@pytest.mark.parametrize("answers", [["cat"] * 9, "cat", [{"answer": "cat"}] * 10, ["cat"] * 9 + [None]])
+def test_anything_but_ten_texts_as_answers_is_refused(answers):
+    with pytest.raises(DataError, match=r"here \(id 'cat-1'\): `answers` is .*, expected a list of ten texts"):
+        parse_row(GOOD | {"answers": answers}, "here")
+
+
 def test_a_leading_answer_is_dropped():
     turns = parse_row({**GOOD, "conversations": [gpt("Welcome."), *GOOD["conversations"]]}, "here").turns
     assert [turn.text for turn in turns] == ["What is it?", "A cat."]
@@ -206,6 +218,19 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path, mode):
         assert len(set(pixel)) == 1, "gray stays gray"
     else:
         assert np.abs(np.subtract(pixel, ORANGE)).max() <= 2
+
+
+def test_a_picture_lies_as_its_exif_data_say(tmp_path):
+    lying = Image.new("RGB", (6, 4), ORANGE)
+    exif = lying.getexif()
+    exif[0x0112] = 6
+    lying.save(tmp_path / "x.png", exif=exif)
+    assert read_image(str(tmp_path), "x.png").size == (4, 6)
+
+
+def test_an_opened_picture_stands_for_itself():
+    got = read_image("nowhere", picture("P"))
+    assert (got.mode, got.size) == ("RGB", (6, 4))
 
 
 def test_pictures_come_out_of_a_zip_archive(tmp_path):

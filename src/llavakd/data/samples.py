@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from llavakd.config import DataConfig, SubsetConfig
 from llavakd.errors import UserError
@@ -44,10 +44,12 @@ class Sample:
     images: tuple[str, ...]
     turns: tuple[Turn, ...]
     type: str | None = None
+    answers: tuple[str, ...] = ()
+    """What ten people answered to the last question, for `vqa_accuracy`; none: only the last turn is known."""
 
 
 def load_samples(data: DataConfig) -> list[Sample]:
-    """Read a LLaVA JSON list (fields id, image, conversations, optional type).
+    """Read a LLaVA JSON list (fields id, image, conversations, optional type and answers).
 
     Raises:
         DataError: unreadable or malformed file; names the first wrong row.
@@ -93,7 +95,11 @@ def parse_row(row: Any, place: str) -> Sample:
         raise DataError(
             f"{place}: {len(names)} picture(s) but {tags} {IMAGE_TAG} tag(s) in the human turns; make them equal"
         )
-    return Sample(id=str(row.get("id", place)), images=tuple(names), turns=turns, type=row.get("type"))
+    answers = row.get("answers", ())
+    if answers and not (isinstance(answers, list) and [type(text) for text in answers] == [str] * 10):
+        raise DataError(f"{place}: `answers` is {answers!r}, expected a list of ten texts, one a person")
+    kind = row.get("type")
+    return Sample(id=str(row.get("id", place)), images=tuple(names), turns=turns, type=kind, answers=tuple(answers))
 
 
 def _parse_turns(conversations: Any, place: str) -> tuple[Turn, ...]:
@@ -135,19 +141,26 @@ def _subset(samples: Sequence[Sample], subset: SubsetConfig) -> list[Sample]:
 
 
 def read_image(images: str, name: str) -> Image.Image:
-    """The picture `name` of a folder or zip archive, as RGB.
+    """The picture `name` of a folder or zip archive, as RGB; or of `name` itself, where it is an opened picture.
 
     Raises:
         DataError: missing or unreadable picture, named.
     """
+    if isinstance(name, Image.Image):
+        return to_rgb(name)
     try:
         source: io.BytesIO | Path = Path(images) / name
         if images.endswith(".zip"):  # one handle per process: forked workers must not share a file position
             source = io.BytesIO(_archive(images, os.getpid()).read(name))
         with Image.open(source) as picture:
-            return picture.convert("RGB")
+            return to_rgb(picture)
     except Exception as error:  # a damaged picture or archive makes PIL and zipfile raise a dozen unrelated types
         raise DataError(f"cannot read picture {name!r} of {images}: {type(error).__name__}: {error}") from error
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """The picture as a model sees it: turned upright as its EXIF data say, RGB."""
+    return ImageOps.exif_transpose(picture).convert("RGB")
 
 
 @lru_cache(maxsize=4)
