@@ -15,6 +15,7 @@ REASON = "lmms-eval is not installed: pip install -e '.[eval]' && pip install --
 pytest.importorskip("lmms_eval", reason=REASON)
 datasets = pytest.importorskip("datasets", reason=REASON)
 
+from llavakd.cli import evaluate
 from llavakd.config import DataConfig, EvaluationConfig, TeacherConfig
 from llavakd.data.samples import load_samples
 from llavakd.errors import UserError
@@ -435,10 +436,10 @@ def test_data_that_cannot_be_had_is_said_in_one_message(source, tmp_path, monkey
         lmms.evaluate_tasks(source, ["pope"], *settings(), tmp_path)
 
 
-def test_the_command_prints_one_json_object(local, tiny, command, tmp_path):
-    options = ["--include", local[0], "--template", "chatml", "--batch-size", 4, "--out", tmp_path]
-    done = command("eval", tiny.teacher, "--tasks", "local", *options, "--limit", 3, "--json")
-    assert done.code == 0, done.err
-    row = json.loads(done.out)
-    assert row["n"] == 3
-    assert set(row["values"]) == {"local.exact_match"}
+def test_the_command_prints_one_json_object_or_every_score_and_file(local, tiny, tmp_path, capsys):
+    options = {"include": local[0], "template": "chatml", "batch_size": 4, "out": tmp_path, "limit": 3}
+    evaluate(str(tiny.teacher), tasks="local, local", **options, as_json=True)
+    row = json.loads(capsys.readouterr().out)
+    assert (row["name"], row["n"], set(row["values"])) == ("teacher", 3, {"local.exact_match"})
+    evaluate(str(tiny.teacher), tasks="local", **options)
+    assert capsys.readouterr().out == f"local.exact_match = {row['values']['local.exact_match']:.6g}\n"
