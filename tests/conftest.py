@@ -20,6 +20,7 @@ import yaml
 
 if not torch.cuda.is_available():  # kernels run in Triton's interpreter, which must be chosen before triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # no test asks a hub; read when first imported
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "shapes"))  # where make_parts.py is
 

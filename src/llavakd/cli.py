@@ -138,21 +138,48 @@ def shapes(
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A LLaVA folder in transformers form.")],
-    data: Annotated[Path, typer.Option(help="LLaVA-format questions; the last gpt turn is the truth.")],
+    data: Annotated[Path | None, typer.Option(help="LLaVA-format questions; the last gpt turn is the truth.")] = None,
     images: Annotated[Path | None, typer.Option(help="Picture folder or zip.")] = None,
     template: TemplateName = "vicuna_v1",
+    metric: Annotated[
+        Literal["exact_match", "vqa_accuracy", "option_letter", "yes_no"], typer.Option(help="Rule that scores --data.")
+    ] = "exact_match",
+    tasks: Annotated[
+        str | None, typer.Option(help="Instead of --data: paper10, or lmms-eval tasks and columns of it, a,b,c.")
+    ] = None,
+    include: Annotated[Path | None, typer.Option(help="Folder of more tasks, as lmms-eval's YAML.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions, of each task.")] = None,
     out: Annotated[Path, typer.Option(help="Where the predictions go.")] = Path("eval"),
     batch_size: Annotated[int, typer.Option(help="Questions answered at once.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 128,
     as_json: AsJson = False,
 ) -> None:
-    """Answer a question file and score it by exact match."""
-    from llavakd.pipeline import evaluate_folder
+    """Answer and score a question file, or benchmarks through lmms-eval."""
+    if (data is None) == (tasks is None):
+        raise UserError("got both --data and --tasks, or neither; give a question file or names of benchmarks")
+    source = TeacherConfig(path=model, dtype="float32")
+    questions = DataConfig(path=str(data or ""), images=str(images) if images else None, template=template)
+    evaluation = EvaluationConfig(data="data", metric=metric, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    if tasks is None:
+        from llavakd.pipeline import evaluate_folder
 
-    source = DataConfig(path=str(data), images=str(images) if images else None, template=template)
-    evaluation = EvaluationConfig(data="data", batch_size=batch_size, max_new_tokens=max_new_tokens)
-    row = evaluate_folder(TeacherConfig(path=model, dtype="float32"), source, evaluation, out)
-    print(json.dumps(row)) if as_json else _print_results({"rows": [row]})  # noqa: T201
+        row = evaluate_folder(source, questions, evaluation, out, limit=limit)
+    else:
+        try:
+            from llavakd.evaluate.lmms import evaluate_tasks
+        except ImportError as error:
+            raise UserError(
+                f"--tasks: {error}; run pip install 'llava-kd[eval]' and then pip install --no-deps lmms-eval==0.7.3"
+            ) from error
+        row = evaluate_tasks(
+            source, tasks.replace(" ", "").split(","), questions, evaluation, out, include=include, limit=limit
+        )
+    if as_json:
+        print(json.dumps(row))  # noqa: T201
+    elif tasks is None:
+        _print_results({"rows": [row]})
+    else:
+        _print_benchmarks(row)
 
 
 @app.command()
@@ -206,6 +233,19 @@ def _print_check(found: dict) -> None:
         kinds = Counter(finding["kind"] for finding in source["findings"])
         counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "nothing wrong"
         print(f"{name}: {source['rows']:,} rows, {source['text_only']:.1%} without a picture; {counts}")  # noqa: T201
+
+
+def _print_benchmarks(row: dict) -> None:
+    table = Table(row["name"], "percent", "scored by the server of")
+    for name in dict.fromkeys([*row["benchmarks"], *row["servers"]]):
+        score = row["benchmarks"].get(name)
+        table.add_row(name, "-" if score is None else f"{score:.1f}", row["servers"].get(name, ""))
+    if table.row_count:
+        Console().print(table)
+    for name, value in row["values"].items():
+        print(f"{name} = {value:.6g}")  # noqa: T201
+    for path in row["submissions"]:
+        print(f"for the server: {path}")  # noqa: T201
 
 
 def _print_plan(plan: dict) -> None:

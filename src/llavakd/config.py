@@ -135,11 +135,13 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Generation and exact-match scoring after the last stage."""
+    """Generation and scoring after the last stage."""
 
     data: str
-    batch_size: int = 64
-    max_new_tokens: int = 32
+    metric: Literal["exact_match", "vqa_accuracy", "option_letter", "yes_no"] = "exact_match"
+    """Rule by which answers are scored: METRICS in evaluate/scoring.py."""
+    batch_size: Count = 64
+    max_new_tokens: Count = 32
     teacher: bool = True
     """Score the teacher too (once; its row is named `teacher`)."""
 

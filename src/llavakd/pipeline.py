@@ -103,14 +103,15 @@ def run_pipeline(recipe: Recipe, out: Path) -> dict[str, Any]:
     return results
 
 
-def evaluate_folder(model: TeacherConfig, data: DataConfig, evaluation: EvaluationConfig, out: Path) -> dict[str, Any]:
+def evaluate_folder(
+    model: TeacherConfig, data: DataConfig, evaluation: EvaluationConfig, out: Path, *, limit: int | None = None
+) -> dict[str, Any]:
     """Answer a question file with any LLaVA folder; writes predictions under OUT and returns the results row."""
     loaded = load_teacher(model)
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     out.mkdir(parents=True, exist_ok=True)
-    return evaluate_model(
-        loaded, load_samples(data, find_pictures=True), data, evaluation, out, name=Path(model.path).name
-    )
+    samples = load_samples(data, find_pictures=True)[:limit]
+    return evaluate_model(loaded, samples, data, evaluation, out, name=Path(model.path).name)
 
 
 class _Ledger:
@@ -333,14 +334,20 @@ def _results(run: Run, ledger: _Ledger, samples: dict[str, Samples]) -> dict[str
             free = dict.fromkeys(cost)
             rows.append({**_evaluate(run, run.recipe.teacher, evaluation, samples, "teacher"), **free})
         student = TeacherConfig(path=str(run.model_folder(run.recipe.stages[-1])), dtype="float32")
-        rows.append({**_evaluate(run, student, evaluation, samples, run.recipe.name), **cost})
+        teacher = run.recipe.teacher if any(stage.losses.distils for stage in run.recipe.stages) else None
+        rows.append({**_evaluate(run, student, evaluation, samples, run.recipe.name, teacher), **cost})
     return {"rows": rows, "environment": environment(run.accelerator)}
 
 
 def _evaluate(
-    run: Run, source: TeacherConfig, evaluation: EvaluationConfig, samples: dict[str, Samples], name: str
+    run: Run,
+    source: TeacherConfig,
+    evaluation: EvaluationConfig,
+    samples: dict[str, Samples],
+    name: str,
+    compared: TeacherConfig | None = None,
 ) -> dict[str, Any]:
-    """Scores of one model, read back where the same weights answered the same file before."""
+    """Scores of one model, beside `compared`; read back where the same weights answered the same file before."""
     data = run.recipe.data[evaluation.data]
     key = hashlib.sha256(
         json.dumps(
@@ -350,18 +357,21 @@ def _evaluate(
                 _data_digest(Path(data.path)),
                 dataclasses.asdict(data),
                 dataclasses.asdict(evaluation),
+                compared and [_weights_digest(compared.path), compared.dtype],
             ]
         ).encode()
     ).hexdigest()
     kept = run.out / "evaluation" / name / "scores.json"
     if kept.is_file() and (stored := json.loads(kept.read_text(encoding="utf-8")))["key"] == key:
         return stored["row"]
-    model = load_teacher(source)
-    model.model.to(run.accelerator.device)
-    row = {
-        "seed": run.recipe.seed,
-        **evaluate_model(model, samples[evaluation.data], data, evaluation, run.out / "evaluation", name=name),
-    }
+    models = [load_teacher(config) for config in (source, compared) if config]
+    for model in models:
+        model.model.to(run.accelerator.device)
+    rows, place = samples[evaluation.data], run.out / "evaluation"
+    scores = evaluate_model(
+        models[0], rows, data, evaluation, place, name=name, teacher=models[1] if compared else None
+    )
+    row = {"seed": run.recipe.seed, **scores}
     write_text(kept, json.dumps({"key": key, "row": row}))
     return row
 

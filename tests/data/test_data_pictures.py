@@ -166,3 +166,8 @@ def test_a_picture_of_any_shape_goes_through_the_processor(tmp_path, size):
     pixels = load_pixels(among(tmp_path), ["x.png"], processor)
     assert pixels.shape == (1, 3, 8, 8)
     assert pixels.mean((2, 3))[0].tolist() == pytest.approx([1, -1, 128 / 127.5 - 1], abs=1e-2)
+
+
+def test_an_opened_picture_stands_for_itself():
+    got = read_image(among("nowhere"), picture("P"))
+    assert (got.mode, got.size) == ("RGB", (6, 4))

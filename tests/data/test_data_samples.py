@@ -57,6 +57,18 @@ def test_tags_anywhere_in_a_human_turn_are_counted_for_that_turn():
     assert [turn.text for turn in turns] == ["Compare  with", "Same.", "And now?", "No."]
 
 
+def test_a_row_may_carry_what_ten_people_answered():
+    people = ["cat"] * 9 + ["a dog"]
+    assert parse_row(GOOD | {"answers": people}, "here").answers == tuple(people)
+    assert parse_row(GOOD, "here").answers == ()
+
+
+@pytest.mark.parametrize("answers", [["cat"] * 9, "cat", [{"answer": "cat"}] * 10, ["cat"] * 9 + [None]])
+def test_anything_but_ten_texts_as_answers_is_refused(answers):
+    with pytest.raises(DataError, match=r"here \(id 'cat-1'\): `answers` is .*, expected a list of ten texts"):
+        parse_row(GOOD | {"answers": answers}, "here")
+
+
 def test_a_leading_answer_is_dropped():
     turns = parse_row({**GOOD, "conversations": [gpt("Welcome."), *GOOD["conversations"]]}, "here").turns
     assert [turn.text for turn in turns] == ["What is it?", "A cat."]

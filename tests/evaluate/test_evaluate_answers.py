@@ -1,5 +1,6 @@
 """Answers do not depend on who is in the batch, and what is written is what was said."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from llavakd.config import DataConfig, EvaluationConfig, TeacherConfig
 from llavakd.data.pictures import load_pixels
 from llavakd.data.samples import load_samples
+from llavakd.errors import UserError
 from llavakd.evaluate import evaluate_model
 from llavakd.evaluate.generate import generate_answers, make_renderer
 from llavakd.models.teacher import load_teacher
@@ -102,3 +104,32 @@ def test_evaluation_writes_every_answer_and_scores_what_it_wrote(model, tiny, tm
         logits = model.model(input_ids=ids, pixel_values=pixels).logits[ids == model.image_token_id].double()
     np.testing.assert_allclose(gram, logits @ logits.T, rtol=1e-4, atol=1e-3)
     assert json.loads((tmp_path / "probe.json").read_text())["id"] == truth[0]["id"]
+
+
+def test_a_soft_score_is_written_for_every_answer(model, tiny, tmp_path):
+    images = str(tiny.world / "images")
+    data = DataConfig(path=str(tiny.world / "test.json"), images=images, template="chatml", max_length=400)
+    samples = load_samples(data)[:4]
+    said = generate_answers(model, samples, data, batch_size=4, max_new_tokens=3, label="", shown=False)
+    word = said[0].prediction
+    others = tuple(f"other{number}" for number in range(10))
+    samples = [
+        dataclasses.replace(sample, answers=(word,) * count + others[count:])
+        for sample, count in zip(samples[:1] * 4, (0, 1, 2, 4), strict=True)
+    ]
+    evaluation = EvaluationConfig(data="test", metric="vqa_accuracy", batch_size=1, max_new_tokens=3)
+    row = evaluate_model(model, samples, data, evaluation, tmp_path, name="it")
+    lines = [json.loads(line) for line in (tmp_path / "it" / "predictions.jsonl").read_text().splitlines()]
+    assert [line["score"] for line in lines] == pytest.approx([0, 0.3, 0.6, 1])
+    assert [line["correct"] for line in lines] == [False, False, True, True]
+    assert row["accuracy"] == pytest.approx(1.9 / 4)
+    assert row["metric"] == "vqa_accuracy"
+    assert "segments" not in row
+
+
+def test_a_truth_that_the_metric_cannot_read_is_refused_before_anything_is_answered(model, tiny, tmp_path, monkeypatch):
+    data = DataConfig(path=str(tiny.world / "test.json"), images=str(tiny.world / "images"), template="chatml")
+    monkeypatch.setattr("llavakd.evaluate.generate_answers", None)
+    evaluation = EvaluationConfig(data="test", metric="option_letter")
+    with pytest.raises(UserError, match=r"row .* the metric takes"):
+        evaluate_model(model, load_samples(data), data, evaluation, tmp_path, name="it")

@@ -1,8 +1,12 @@
 """Through the command line: what is wrong with a recipe or its files is said in one message, and nothing is trained."""
 
 import json
+import sys
 
 import pytest
+
+from llavakd.cli import evaluate
+from llavakd.errors import UserError
 
 
 def at(tree, path, value):
@@ -99,6 +103,35 @@ def test_evaluation_prints_one_json_object_that_agrees_with_its_predictions(tiny
     lines = [json.loads(line) for line in (tmp_path / "teacher" / "predictions.jsonl").read_text().splitlines()]
     assert row["n"] == len(lines) == 12
     assert row["accuracy"] == sum(line["correct"] for line in lines) / 12
+
+
+def test_the_metric_and_the_number_of_questions_are_chosen_by_option(tiny, command, tmp_path):
+    rows = json.loads((tiny.world / "test.json").read_text())
+    for row in rows:
+        row["conversations"][1]["value"] = "yes"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    where = ["--data", tmp_path / "rows.json", "--images", tiny.world / "images", "--template", "chatml"]
+    options = ["--metric", "yes_no", "--limit", 2, "--max-new-tokens", 3, "--out", tmp_path, "--json"]
+    done = command("eval", tiny.teacher, *where, *options)
+    assert done.code == 0, done.err
+    row = json.loads(done.out)
+    assert (row["n"], row["metric"], row["recall"]) == (2, "yes_no", row["accuracy"])
+
+
+def test_evaluation_takes_a_file_or_tasks_but_not_both(tiny, command):
+    for given in ([], ["--data", "rows.json", "--tasks", "paper10"]):
+        refused = command("eval", tiny.teacher, *given)
+        assert refused.code == 1
+        assert "give a question file or names of benchmarks" in refused.err
+
+
+@pytest.mark.parametrize("missing", ["lmms_eval.api.model", "openpyxl", "tenacity"])
+def test_tasks_without_lmms_eval_say_in_one_line_what_to_install(monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, "llavakd.evaluate.lmms", raising=False)
+    with pytest.raises(UserError, match=r"pip install --no-deps lmms-eval==0\.7\.3") as caught:
+        evaluate("model", tasks="paper10")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

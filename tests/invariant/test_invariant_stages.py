@@ -189,6 +189,9 @@ def test_the_teacher_is_scored_once_and_the_students_row_carries_the_runs_cost(t
     assert [row["name"] for row in rows] == ["teacher", "tiny"]
     assert [row["steps"] for row in rows] == [None, sum(stage["steps"] for stage in ledger(tmp_path / "run"))]
     assert [row["n"] for row in rows] == [12, 12]
+    assert "segments" not in rows[0]
+    assert {name: part["positions"] for name, part in rows[1]["segments"].items()}["visual"] == 12 * 16
+    assert all(part["kl"] > 0 for part in rows[1]["segments"].values())
     predictions = tmp_path / "run" / "evaluation" / "teacher" / "predictions.jsonl"
     stamp = predictions.stat().st_mtime_ns
     assert command("train", tmp_path / "recipe.yaml", "--out", tmp_path / "run").code == 0

@@ -20,17 +20,19 @@ from llavakd.data.files import DataError, stored_picture
 _ARCHIVES = (".zip", ".tar")
 
 
-def load_pixels(data: DataConfig, names: Sequence[str], image_processor: Any) -> Tensor:
+def load_pixels(data: DataConfig, names: Sequence[Any], image_processor: Any) -> Tensor:
     """Pictures of one source -> float32 [len(names), 3, H, W]."""
     return image_processor(images=[read_image(data, name) for name in names], return_tensors="pt").pixel_values
 
 
-def read_image(data: DataConfig, name: str) -> Image.Image:
-    """The picture `name` of a folder, zip or tar archive, or table, upright and as RGB.
+def read_image(data: DataConfig, name: Any) -> Image.Image:
+    """The picture `name` of a folder, zip or tar archive, or table, upright and as RGB; or an opened picture, likewise.
 
     Raises:
         DataError: missing or unreadable picture, or one beyond PIL's limit against decompression bombs; named.
     """
+    if isinstance(name, Image.Image):
+        return upright_rgb(name)
     try:
         with Image.open(picture_file(data, name)) as opened:
             return upright_rgb(opened)

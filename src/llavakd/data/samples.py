@@ -38,6 +38,8 @@ class Sample:
     images: tuple[str, ...]
     turns: tuple[Turn, ...]
     type: str | None = None
+    answers: tuple[str, ...] = ()
+    """What ten people answered to the last question, for `vqa_accuracy`; none: only the last turn is known."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,7 +75,7 @@ class Samples(Sequence[Sample]):
 def load_samples(data: DataConfig, max_bad_rows: float = 0.0, *, find_pictures: bool = False) -> Samples:
     """Look every row of a data file over, holding none of them; with `find_pictures` also whether its pictures are there.
 
-    A row is LLaVA's (id, image, conversations, optional type) or has `messages` and `images`.
+    A row is LLaVA's (id, image, conversations, optional type and answers) or has `messages` and `images`.
 
     Raises:
         DataError: an unreadable or malformed file; more than this share of wrong rows (the first are named).
@@ -146,7 +148,11 @@ def parse_row(row: Any, place: str) -> Sample:
         raise DataError(
             f"{place}: {len(names)} picture(s) but {tags} {IMAGE_TAG} tag(s) in the human turns; make them equal"
         )
-    return Sample(id=str(row.get("id", place)), images=tuple(names), turns=turns, type=row.get("type"))
+    answers = row.get("answers", ())
+    if answers and not (isinstance(answers, list) and [type(text) for text in answers] == [str] * 10):
+        raise DataError(f"{place}: `answers` is {answers!r}, expected a list of ten texts, one a person")
+    kind = row.get("type")
+    return Sample(id=str(row.get("id", place)), images=tuple(names), turns=turns, type=kind, answers=tuple(answers))
 
 
 def _parse_turns(conversations: Any, place: str) -> tuple[Turn, ...]:

@@ -7,17 +7,23 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from llavakd.config import DataConfig, EvaluationConfig
-from llavakd.data.chat import Segment
+from llavakd.data.chat import IGNORE_INDEX, Segment
 from llavakd.data.pictures import load_pixels
 from llavakd.data.samples import Sample
 from llavakd.evaluate.generate import Answer, generate_answers, make_renderer
-from llavakd.evaluate.scoring import is_correct, score
+from llavakd.evaluate.scoring import METRICS, is_correct, score
 from llavakd.losses import gram
+from llavakd.losses.rows import rows_at_once
+from llavakd.models.alignment import align
 from llavakd.models.student import VisionLanguageModel, final_hidden, vision_features
 
-__all__ = ["Answer", "evaluate_model", "generate_answers", "is_correct", "score"]
+__all__ = ["METRICS", "Answer", "compare_segments", "evaluate_model", "generate_answers", "is_correct", "score"]
+
+_COMPARED_ROWS = 256  # at most, spread evenly over the file
 
 
 def evaluate_model(
@@ -28,14 +34,22 @@ def evaluate_model(
     folder: Path,
     *,
     name: str,
+    teacher: VisionLanguageModel | None = None,
 ) -> dict[str, Any]:
-    """Answer, score and write FOLDER/NAME/predictions.jsonl and gram.npy; returns the scores of one results row."""
+    """Answer, score and write FOLDER/NAME/predictions.jsonl and gram.npy; returns the scores of one results row.
+
+    With a teacher the row has `segments`, see `compare_segments`.
+    """
+    metric = METRICS[evaluation.metric]
+    for sample in samples:  # refuses a truth that the metric cannot read before anything is answered
+        metric(Answer(sample=sample, prediction=""))
     sizes: dict[str, Any] = {"batch_size": evaluation.batch_size, "max_new_tokens": evaluation.max_new_tokens}
     answers = generate_answers(model, samples, data, **sizes, label=f"evaluate {name}")
     place = folder / name
     place.mkdir(parents=True, exist_ok=True)
     with (place / "predictions.jsonl").open("w", encoding="utf-8") as file:
         for answer in answers:
+            value = metric(answer)
             line = {
                 "id": answer.sample.id,
                 "type": answer.sample.type,
@@ -43,28 +57,79 @@ def evaluate_model(
                 "question": answer.sample.turns[-2].text,
                 "truth": answer.truth,
                 "prediction": answer.prediction,
-                "correct": is_correct(answer.prediction, answer.truth),
+                "correct": value >= 0.5,  # of a soft score: at least two of ten people say the same
+                **({"score": value} if evaluation.metric == "vqa_accuracy" else {}),
             }
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     probe = next((sample for sample in samples if sample.images), None)
     if probe is not None:
         np.save(place / "gram.npy", probe_gram(model, probe, data))
-        (folder / "probe.json").write_text(
-            json.dumps({"id": probe.id, "images": _paths(probe, data)}), encoding="utf-8"
-        )
-    return {"name": name, **score(answers), "parameters": sum(weight.numel() for weight in model.model.parameters())}
+        shown = {"id": probe.id, "images": _paths(probe, data)}
+        (folder / "probe.json").write_text(json.dumps(shown), encoding="utf-8")
+    return {
+        "name": name,
+        "metric": evaluation.metric,
+        **score(answers, evaluation.metric),
+        **({"segments": compare_segments(model, teacher, samples, data)} if teacher else {}),
+        "parameters": sum(weight.numel() for weight in model.model.parameters()),
+    }
+
+
+@torch.no_grad()
+def compare_segments(
+    student: VisionLanguageModel, teacher: VisionLanguageModel, samples: Sequence[Sample], data: DataConfig
+) -> dict[str, dict[str, float]]:
+    """Student against teacher on up to 256 whole rows, answers included, as training renders them.
+
+    By segment, `response` (at the positions that predict it) and `visual`, where there are such: `kl`, mean KL(teacher ||
+    student) in nats; `agreement`, share of equal likeliest ids; `teacher_entropy`, mean in nats; `positions`, how many.
+    """
+    shared, renderer = align(student, teacher).vocab_size, make_renderer(student, data)
+    heads = [model.head[:shared].float() for model in (student, teacher)]
+    found: dict[str, list[Tensor]] = {"response": [], "visual": []}
+    for index in range(count := min(_COMPARED_ROWS, len(samples))):
+        sample = samples[index * len(samples) // count]
+        text = renderer.render(sample)
+        labels, segments = torch.tensor([text.labels, text.segments])
+        visual = segments == Segment.VISUAL
+        table = _distances([_hidden(model, text.ids, visual, sample, data) for model in (student, teacher)], heads)
+        found["response"].append(table[:-1][labels[1:] != IGNORE_INDEX])
+        found["visual"].append(table[visual])
+    names = ("kl", "agreement", "teacher_entropy")
+    return {
+        segment: {**dict(zip(names, table.mean(0).tolist(), strict=True)), "positions": len(table)}
+        for segment, table in ((segment, torch.cat(parts)) for segment, parts in found.items())
+        if len(table)
+    }
 
 
 @torch.no_grad()
 def probe_gram(model: VisionLanguageModel, sample: Sample, data: DataConfig) -> np.ndarray:
     """Gram matrix [N, N] of the vocabulary logits at the first picture's positions, as the relation loss sees it."""
     text = make_renderer(model, data).render(sample)
-    device = model.model.device
-    ids = torch.tensor([text.ids], device=device)
-    visual = torch.tensor([text.segments], device=device) == Segment.VISUAL
-    pixels = load_pixels(data, sample.images, model.image_processor).to(device, model.model.dtype)
-    hidden = final_hidden(model.model, ids, torch.ones_like(ids), visual, vision_features(model.model, pixels))
-    return gram(hidden[visual][None, : model.tokens_per_image], model.head)[0].cpu().numpy()
+    visual = torch.tensor(text.segments) == Segment.VISUAL
+    hidden = _hidden(model, text.ids, visual, sample, data)[visual.to(model.model.device)]
+    return gram(hidden[None, : model.tokens_per_image], model.head)[0].cpu().numpy()
+
+
+def _hidden(model: VisionLanguageModel, ids: list[int], visual: Tensor, sample: Sample, data: DataConfig) -> Tensor:
+    """Final hidden states [T, D] of one row, its pictures through the model's own processor and tower."""
+    row, features = torch.tensor([ids], device=model.model.device), None
+    if sample.images:
+        pixels = load_pixels(data, sample.images, model.image_processor)
+        features = vision_features(model.model, pixels.to(row.device, model.model.dtype))
+    return final_hidden(model.model, row, torch.ones_like(row), visual[None].to(row.device), features)[0]
+
+
+def _distances(hidden: Sequence[Tensor], heads: Sequence[Tensor]) -> Tensor:
+    """float64 [T, 3]: KL, equal likeliest ids and teacher entropy, from both models' states [T, D] and heads [V, D]."""
+    parts = []
+    chunk = rows_at_once(len(heads[0]), 4, heads[0].device.type)
+    for states in zip(*(part.split(chunk) for part in hidden), strict=True):
+        logq, logp = (F.log_softmax(part.float() @ head.T, dim=-1) for part, head in zip(states, heads, strict=True))
+        p, same = logp.exp(), logq.argmax(-1) == logp.argmax(-1)
+        parts.append(torch.stack([(p * (logp - logq)).sum(-1), same, -(p * logp).sum(-1)], dim=1).double().cpu())
+    return torch.cat(parts)
 
 
 def _paths(sample: Sample, data: DataConfig) -> list[str]:
