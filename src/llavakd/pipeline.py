@@ -51,12 +51,12 @@ from llavakd.train.step import StudentModule, TrainState
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run folder and what all its stages share."""
+    """One run folder and what all its stages share; the recipe's paths are resolved."""
 
     recipe: Recipe
-    """With paths resolved."""
     out: Path
     accelerator: Accelerator
+    samples: dict[str, Samples]
 
     def model_folder(self, stage: StageConfig) -> Path:
         """Where a finished stage's model lies."""
@@ -74,27 +74,25 @@ def run_pipeline(recipe: Recipe, out: Path) -> dict[str, Any]:
     transformers.utils.logging.disable_progress_bar()  # ours say what takes long
     _claim(recipe, out)
     accelerator = _make_accelerator(recipe, out)
-    run = Run(recipe=resolve_paths(recipe, out), out=out, accelerator=accelerator)
     with accelerator.main_process_first():
         draw_world(recipe, out)
-    allowed = run.recipe.max_bad_rows
-    samples = {
-        name: load_samples(run.recipe.data[name], allowed, find_pictures=True) for name in used_sources(run.recipe)
-    }
-    _check_batches(run, samples)
+    placed = resolve_paths(recipe, out)
+    sources = {name: placed.data[name] for name in used_sources(placed)}
+    samples = {name: load_samples(data, recipe.max_bad_rows, find_pictures=True) for name, data in sources.items()}
+    run = Run(recipe=placed, out=out, accelerator=accelerator, samples=samples)
+    _check_batches(run)
     if accelerator.is_main_process:
-        check_before_training(run.recipe, samples)
+        check_before_training(placed, samples)
     ledger = _Ledger(out / "pipeline.json", recipe.name)
-    for index, stage in enumerate(run.recipe.stages):
+    for index, stage in enumerate(placed.stages):
         fingerprint = _fingerprint(run, index, ledger)
         if ledger.is_done(stage.name, fingerprint):
             say(f"stage {stage.name}: done, skipped")
             continue
         ledger.note(stage.name, state="running", fingerprint=fingerprint)
-        summary = _run_one(run, index, samples)
-        ledger.note(stage.name, state="done", fingerprint=fingerprint, **summary)
+        ledger.note(stage.name, state="done", fingerprint=fingerprint, **_run_one(run, index))
         accelerator.wait_for_everyone()
-    results = _results(run, ledger, samples) if accelerator.is_main_process else {"rows": []}
+    results = _results(run, ledger) if accelerator.is_main_process else {"rows": []}
     if results["rows"]:
         write_text(out / "results.json", json.dumps(results, indent=1))
         write_report([out], out)
@@ -109,7 +107,6 @@ def evaluate_folder(
     """Answer a question file with any LLaVA folder; writes predictions under OUT and returns the results row."""
     loaded = load_teacher(model)
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    out.mkdir(parents=True, exist_ok=True)
     samples = load_samples(data, find_pictures=True)[:limit]
     return evaluate_model(loaded, samples, data, evaluation, out, name=Path(model.path).name)
 
@@ -179,198 +176,155 @@ def draw_world(recipe: Recipe, out: Path) -> None:
     world = recipe.world
     partial = out / ".partial-world"
     shutil.rmtree(partial, ignore_errors=True)
-    with bar("draw the world", world.scenes) as advance:
-        write_world(
-            partial,
-            **dataclasses.asdict(world),
-            progress=lambda done, total: advance(done * world.scenes // total),
-        )
+    settings, scenes = dataclasses.asdict(world), world.scenes
+    with bar("draw the world", scenes) as advance:
+        write_world(partial, **settings, progress=lambda done, total: advance(done * scenes // total))
     partial.rename(out / "world")
 
 
-def _check_batches(run: Run, samples: dict[str, Samples]) -> None:
+def _check_batches(run: Run) -> None:
     """Refuse before the first model is loaded what could only fail later."""
     for stage in run.recipe.stages:
-        total_steps(sum(round(weight * len(samples[name])) for name, weight in stage.sources.items()), stage)
+        total_steps(sum(round(weight * len(run.samples[name])) for name, weight in stage.sources.items()), stage)
         shard_of(run.recipe, stage.name, rank=0, world_size=run.accelerator.num_processes)
 
 
 def _fingerprint(run: Run, index: int, ledger: _Ledger) -> dict[str, str]:
     """What decides a stage's result, each part hashed by itself so that a change can be named."""
-    stage = run.recipe.stages[index]
-    sources = [run.recipe.data[name] for name in stage.sources]
-    settings = [dataclasses.asdict(source) for source in sources]
+    recipe, stage = run.recipe, run.recipe.stages[index]
+    sources, student = [recipe.data[name] for name in stage.sources], recipe.student
     parts: dict[str, Any] = {
-        "recipe": [dataclasses.asdict(stage), settings, run.recipe.seed, run.recipe.precision],
-        "data": [_data_digest(Path(source.path)) for source in sources],
-        "start": ledger.stages[run.recipe.stages[index - 1].name]["fingerprint"]
-        if index
-        else [
-            dataclasses.asdict(run.recipe.student),
-            _weights_digest(run.recipe.student.vision_tower),
-            _weights_digest(run.recipe.student.language_model),
-        ],
+        "recipe": [dataclasses.asdict(stage), *map(dataclasses.asdict, sources), recipe.seed, recipe.precision],
+        "data": [_contents(source.path, "**/*") for source in sources],
+        "start": [dataclasses.asdict(student), *map(_weights, (student.vision_tower, student.language_model))],
     }
-    if stage.losses.distils and run.recipe.teacher:
-        parts["teacher"] = [dataclasses.asdict(run.recipe.teacher), _weights_digest(run.recipe.teacher.path)]
-    return {key: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for key, value in parts.items()}
+    if index:
+        parts["start"] = ledger.stages[recipe.stages[index - 1].name]["fingerprint"]
+    if stage.losses.distils and recipe.teacher:
+        parts["teacher"] = [dataclasses.asdict(recipe.teacher), _weights(recipe.teacher.path)]
+    return {key: _digest(value) for key, value in parts.items()}
 
 
-def _data_digest(path: Path) -> list[str]:
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    return [file_digest(file) for file in files]
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _weights_digest(source: str) -> list[str]:
-    """Digests of a local folder's config and weights; a hub name stands for itself."""
-    files = sorted(path for form in ("config.json", "*.safetensors", "*.bin") for path in Path(source).glob(form))
-    return [file_digest(path) for path in files] or [source]
+def _contents(source: str, *forms: str) -> list[str]:
+    """Digests of a file, or of those in a folder; a hub name stands for itself."""
+    path = Path(source)
+    files = [path] if path.is_file() else sorted(file for form in forms for file in path.glob(form) if file.is_file())
+    return [file_digest(file) for file in files] or [source]
 
 
-def _run_one(run: Run, index: int, samples: dict[str, Samples]) -> dict[str, Any]:
+def _weights(source: str) -> list[str]:
+    return _contents(source, "config.json", "*.safetensors", "*.bin")
+
+
+def _run_one(run: Run, index: int) -> dict[str, Any]:
     """Train one stage and write its model; returns what pipeline.json says of it."""
-    stage = run.recipe.stages[index]
-    student = (
-        load_student(str(run.model_folder(run.recipe.stages[index - 1])))
-        if index
-        else build_student(run.recipe.student, seed=run.recipe.seed)
-    )
+    recipe, stage, accelerator = run.recipe, run.recipe.stages[index], run.accelerator
+    if index:
+        student = load_student(str(run.model_folder(recipe.stages[index - 1])))
+    else:
+        student = build_student(recipe.student, seed=recipe.seed)
     student.train_only(stage.train)
-    teacher = load_teacher(run.recipe.teacher) if stage.losses.distils and run.recipe.teacher else None
+    teacher = load_teacher(recipe.teacher) if stage.losses.distils and recipe.teacher else None
     pair = align(student, teacher) if teacher else None
-    if pair and run.accelerator.is_main_process:
+    if pair and accelerator.is_main_process:
         say(pair.note)
-    dataset = _dataset(run, stage, student, samples, pair, teacher)
-    if run.recipe.gradient_checkpointing:
+    dataset = _dataset(run, stage, student, pair, teacher)
+    if recipe.gradient_checkpointing:
         student.model.gradient_checkpointing_enable()
     module = StudentModule(student, stage, pair.vocab_size if pair else None)
-    module, optimizer = run.accelerator.prepare(module, build_optimizer(module, stage))
+    module, optimizer = accelerator.prepare(module, build_optimizer(module, stage))
     if teacher:
-        teacher.model.to(run.accelerator.device)
+        teacher.model.to(accelerator.device)
     student.model.train()
-    folder = run.out / stage.name
-    folder.mkdir(exist_ok=True)
-    state = TrainState(
-        accelerator=run.accelerator,
-        module=module,
-        optimizer=optimizer,
-        student=student,
-        teacher=teacher,
-        pair=pair,
-        stage=stage,
-    )
-    progress = run_stage(state, dataset, run.recipe, folder)
-    if run.accelerator.is_main_process:
-        template = run.recipe.data[next(iter(stage.sources))].template
+    parts: dict[str, Any] = {"module": module, "optimizer": optimizer, "student": student, "teacher": teacher}
+    state = TrainState(accelerator=accelerator, pair=pair, stage=stage, **parts)
+    (run.out / stage.name).mkdir(exist_ok=True)
+    progress = run_stage(state, dataset, recipe, run.out / stage.name)
+    if accelerator.is_main_process:
+        template = recipe.data[next(iter(stage.sources))].template
         write_folder(run.model_folder(stage), lambda partial: save_model(student, partial, template=template))
-    run.accelerator.free_memory()
+    accelerator.free_memory()
     return {"steps": progress.step, "train_seconds": progress.seconds, **progress.counted}
 
 
 def _dataset(
-    run: Run,
-    stage: StageConfig,
-    student: VisionLanguageModel,
-    samples: dict[str, Samples],
-    pair: Pair | None,
-    teacher: VisionLanguageModel | None,
+    run: Run, stage: StageConfig, student: VisionLanguageModel, pair: Pair | None, teacher: VisionLanguageModel | None
 ) -> RowDataset:
-    cached = run.recipe.cache_features and any((samples[name].lengths > 0).any() for name in stage.sources)
-    if cached and ("vision_tower" in stage.train or (pair and not pair.shared_tower)):
+    pictured = {name for name in stage.sources if run.recipe.cache_features and (run.samples[name].lengths > 0).any()}
+    if pictured and ("vision_tower" in stage.train or (pair and not pair.shared_tower)):
         raise UserError(
             f"cache_features: stage {stage.name} needs pixels, for its vision tower learns or the teacher's differs; "
             "set cache_features: false"
         )
     sources = []
     for name, weight in stage.sources.items():
-        store = None
-        if cached and (samples[name].lengths > 0).any():
-            with run.accelerator.main_process_first():
-                store = _feature_store(run, name, student, samples[name])
-        data = run.recipe.data[name]
+        samples, data = run.samples[name], run.recipe.data[name]
+        with run.accelerator.main_process_first():
+            store = _feature_store(run, name, student) if name in pictured else None
         renderer = make_renderer(student, data)
-        sources.append(Source(samples=samples[name], renderer=renderer, data=data, store=store, weight=weight))
-    return RowDataset(
-        sources,
-        image_processor=student.image_processor,
-        teacher_processor=teacher.image_processor if teacher and pair and not pair.shared_pixels else None,
-        seed=run.recipe.seed,
-    )
+        sources.append(Source(samples=samples, renderer=renderer, data=data, store=store, weight=weight))
+    own = teacher.image_processor if teacher and pair and not pair.shared_pixels else None
+    pixels = {"image_processor": student.image_processor, "teacher_processor": own}
+    return RowDataset(sources, **pixels, seed=run.recipe.seed)
 
 
 @torch.no_grad()
-def _feature_store(run: Run, source: str, student: VisionLanguageModel, samples: Samples) -> FeatureStore:
+def _feature_store(run: Run, source: str, student: VisionLanguageModel) -> FeatureStore:
     """Features of a source's pictures, encoded once; keyed by tower, processor and picture names."""
-    data = run.recipe.data[source]
-    names = sorted({name for sample in samples for name in sample.images})  # one store for all sources of one set
-    tower = student.parts()["vision_tower"]
-    digest = hashlib.sha256(
-        json.dumps([data.images or data.path, names, student.image_processor.to_dict()], default=str).encode()
-    )
-    for name, weight in tower.state_dict().items():
-        digest.update(name.encode() + weight.cpu().numpy().tobytes())
-    path = run.out / "features" / f"{digest.hexdigest()[:16]}.safetensors"
+    data, accelerator = run.recipe.data[source], run.accelerator
+    names = sorted({name for sample in run.samples[source] for name in sample.images})
+    tower, processor = student.parts()["vision_tower"], student.image_processor
+    weights = [hashlib.sha256(weight.cpu().numpy()).hexdigest() for weight in tower.state_dict().values()]
+    key = _digest([data.images or data.path, names, processor.to_dict(), weights])  # one store for all of one set
+    path = run.out / "features" / f"{key[:16]}.safetensors"
     if not path.is_file():
-        tower.to(run.accelerator.device)
+        tower.to(accelerator.device)
         parts = []
         with bar(f"encode pictures of {source}", len(names)) as advance:
             for start in range(0, len(names), 64):
-                pixels = load_pixels(data, names[start : start + 64], student.image_processor)
-                with run.accelerator.autocast():
-                    parts.append(vision_features(student.model, pixels.to(run.accelerator.device)).float().cpu())
+                pixels = load_pixels(data, names[start : start + 64], processor).to(accelerator.device)
+                with accelerator.autocast():
+                    parts.append(vision_features(student.model, pixels).float().cpu())
                 advance(min(start + 64, len(names)))
         save_features(path, names, torch.cat(parts))
     return FeatureStore(path)
 
 
-def _results(run: Run, ledger: _Ledger, samples: dict[str, Samples]) -> dict[str, Any]:
+def _results(run: Run, ledger: _Ledger) -> dict[str, Any]:
     """What results.json holds: the student's row, and the teacher's where there is one."""
-    evaluation = run.recipe.evaluation
+    recipe, evaluation = run.recipe, run.recipe.evaluation
     rows: list[dict[str, Any]] = []
     if evaluation is not None:
-        done = [ledger.stages[stage.name] for stage in run.recipe.stages]
+        done = [ledger.stages[stage.name] for stage in recipe.stages]
         cost = {key: sum(entry[key] for entry in done) for key in ("steps", "train_seconds", "tokens")}
-        if run.recipe.teacher and evaluation.teacher:
-            free = dict.fromkeys(cost)
-            rows.append({**_evaluate(run, run.recipe.teacher, evaluation, samples, "teacher"), **free})
-        student = TeacherConfig(path=str(run.model_folder(run.recipe.stages[-1])), dtype="float32")
-        teacher = run.recipe.teacher if any(stage.losses.distils for stage in run.recipe.stages) else None
-        rows.append({**_evaluate(run, student, evaluation, samples, run.recipe.name, teacher), **cost})
+        if recipe.teacher and evaluation.teacher:
+            rows.append(_evaluate(run, evaluation, recipe.teacher, "teacher") | dict.fromkeys(cost))
+        student = TeacherConfig(path=str(run.model_folder(recipe.stages[-1])), dtype="float32")
+        compared = recipe.teacher if any(stage.losses.distils for stage in recipe.stages) else None
+        rows.append(_evaluate(run, evaluation, student, recipe.name, compared) | cost)
     return {"rows": rows, "environment": environment(run.accelerator)}
 
 
 def _evaluate(
-    run: Run,
-    source: TeacherConfig,
-    evaluation: EvaluationConfig,
-    samples: dict[str, Samples],
-    name: str,
-    compared: TeacherConfig | None = None,
+    run: Run, evaluation: EvaluationConfig, source: TeacherConfig, name: str, compared: TeacherConfig | None = None
 ) -> dict[str, Any]:
     """Scores of one model, beside `compared`; read back where the same weights answered the same file before."""
-    data = run.recipe.data[evaluation.data]
-    key = hashlib.sha256(
-        json.dumps(
-            [
-                _weights_digest(source.path),
-                source.dtype,
-                _data_digest(Path(data.path)),
-                dataclasses.asdict(data),
-                dataclasses.asdict(evaluation),
-                compared and [_weights_digest(compared.path), compared.dtype],
-            ]
-        ).encode()
-    ).hexdigest()
-    kept = run.out / "evaluation" / name / "scores.json"
+    data, place = run.recipe.data[evaluation.data], run.out / "evaluation"
+    configs = [config for config in (source, compared) if config]
+    weights = [[_weights(config.path), config.dtype] for config in configs]
+    asked = [_contents(data.path, "**/*"), dataclasses.asdict(data), dataclasses.asdict(evaluation)]
+    key, kept = _digest([weights, asked]), place / name / "scores.json"
     if kept.is_file() and (stored := json.loads(kept.read_text(encoding="utf-8")))["key"] == key:
         return stored["row"]
-    models = [load_teacher(config) for config in (source, compared) if config]
-    for model in models:
-        model.model.to(run.accelerator.device)
-    rows, place = samples[evaluation.data], run.out / "evaluation"
-    scores = evaluate_model(
-        models[0], rows, data, evaluation, place, name=name, teacher=models[1] if compared else None
-    )
+    model, *teacher = [load_teacher(config) for config in configs]
+    for loaded in (model, *teacher):
+        loaded.model.to(run.accelerator.device)
+    followed = teacher[0] if teacher else None
+    scores = evaluate_model(model, run.samples[evaluation.data], data, evaluation, place, name=name, teacher=followed)
     row = {"seed": run.recipe.seed, **scores}
     write_text(kept, json.dumps({"key": key, "row": row}))
     return row

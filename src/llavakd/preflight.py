@@ -62,23 +62,8 @@ def check_recipe(recipe: Recipe, out: Path, **options: Any) -> dict[str, dict[st
     return {name: check_data(name, recipe.data[name], models, **options) for name in used_sources(recipe)}
 
 
-def check_data(
-    name: str,
-    data: DataConfig,
-    models: list[VisionLanguageModel],
-    *,
-    fast: bool = False,
-    workers: int | None = None,
-    clean: Path | None = None,
-) -> dict[str, Any]:
-    """`check_source` of one source, with a bar."""
+def check_data(name: str, data: DataConfig, models: list[VisionLanguageModel], **options: Any) -> dict[str, Any]:
+    """`check_source` of one source as these models read it, with a bar."""
     readers = [Reader(make_renderer(model, data), model.image_processor) for model in models]
     with bar(f"check {name}", 100) as advance:
-        return check_source(
-            data,
-            readers,
-            fast=fast,
-            workers=workers,
-            clean=clean,
-            progress=lambda done, total: advance(100 * done // total),
-        )
+        return check_source(data, readers, **options, progress=lambda done, total: advance(100 * done // total))
