@@ -82,6 +82,14 @@ def write_run(
     return folder
 
 
+def edit_row(run: Path, index: int, **changes: object) -> None:
+    """Change one row of a run's results."""
+    path = run / "results.json"
+    data = json.loads(path.read_text())
+    data["rows"][index] |= changes
+    path.write_text(json.dumps(data))
+
+
 def write_metrics(folder: Path, stage: str, steps: int) -> None:
     """Write falling loss curves; distilling stages log the parts that plain ones lack."""
     folder.mkdir()

@@ -112,6 +112,13 @@ def test_the_control_is_the_longest_trained_row_without_distillation(make_run: W
     assert control.name == "pt-sft-sft"
 
 
+def test_the_headline_is_about_the_papers_three_stages(make_run: Writer) -> None:
+    rows = {"pt-sft": flags(8, 20), "dpt-dft-dft": flags(9, 20), "dpt-sft-dft": flags(10, 20), "dpt-sft": flags(11, 20)}
+    assert "seen: dpt-sft-dft answers" in headline(collect([make_run("a", rows)]))
+    del rows["dpt-sft-dft"]
+    assert "seen: dpt-dft-dft answers" in headline(collect([make_run("b", rows)]))
+
+
 def test_console_rows(make_run: Writer) -> None:
     run = make_run("a", {"teacher": flags(9, 10), "pt-sft": flags(5, 10)})
     header, rows = console_rows(collect([run]))

@@ -1,6 +1,7 @@
 """The written files: the page, what it leaves out, and that writing again changes nothing."""
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -111,15 +112,27 @@ def test_bare_results_make_a_report(tmp_path: Path) -> None:
     assert "No run recorded its environment." in text
 
 
-def test_cases_that_split_the_models_come_first_and_kinds_take_turns(make_run: Writer) -> None:
-    # Questions 4 to 9 split the models; kinds alternate, so even ids are of one kind and odd ids of the other.
-    results = collect([make_run("a", {"pt-sft": flags(4, 20), "dpt-sft-dft": flags(10, 20)})])
-    chosen = pick_cases(results)
-    assert chosen[:6] == ["q4", "q5", "q6", "q7", "q8", "q9"]
-    assert len(chosen) == 12
-    uneven = [i < 5 or i == 9 for i in range(20)]  # of the split 0, 1, 2, 3, 4, 9 two are odd late ones
-    results = collect([make_run("b", {"pt-sft": flags(0, 20), "dpt-sft-dft": uneven}, kinds=("x", "x", "x", "y"))])
-    assert pick_cases(results, 3) == ["q0", "q3", "q1"]
+def test_questions_that_the_main_model_misses_come_first_and_kinds_take_turns(make_run: Writer) -> None:
+    # Missed are 0 to 7; of those the control has 6 and 7. Right are 8 to 19; of those the control misses 14 to 19.
+    # Kinds alternate, so even ids are of one kind and odd ids of the other.
+    distilled, control = [i >= 8 for i in range(20)], [6 <= i < 14 for i in range(20)]
+    results = collect([make_run("a", {"pt-sft": control, "dpt-sft-dft": distilled})])
+    assert pick_cases(results) == [f"q{i}" for i in (6, 7, 0, 1, 2, 3, 4, 5, 14, 15, 16, 17)]
+    text = page(results)
+    assert "Questions that dpt-sft-dft answers wrong come first" in text
+    assert text.index("What is 6?") < text.index("What is 0?") < text.index("What is 14?")
+    # Of the missed 1, 2, 3, 5, 6, 7 the kind "y" has 3 and 7, so they come second and fourth.
+    results = collect([make_run("b", {"dpt-sft-dft": [i % 4 == 0 for i in range(8)]}, kinds=("x", "x", "x", "y"))])
+    assert pick_cases(results, 5) == ["q1", "q3", "q2", "q7", "q5"]
+
+
+def test_the_seed_that_a_question_escapes_most_counts_and_without_distillation_all_models_do(make_run: Writer) -> None:
+    # Question 2 is missed by both seeds, 1 by one, 0 by none.
+    runs = [make_run(f"s{seed}", {"dpt-sft-dft": flags(1 + seed, 3)}, seed=seed) for seed in (0, 1)]
+    assert pick_cases(collect(runs)) == ["q2", "q1", "q0"]
+    plain = collect([make_run("a", {"teacher": flags(2, 3), "pt-sft": flags(1, 3)})])
+    assert pick_cases(plain) == ["q2", "q1", "q0"]
+    assert "Questions that the fewest models answer right come first" in page(plain)
 
 
 def test_loss_panels_exist_for_logged_parts_only(make_run: Writer) -> None:
@@ -129,6 +142,59 @@ def test_loss_panels_exist_for_logged_parts_only(make_run: Writer) -> None:
     panels = loss_curves(distilled)
     assert list(panels) == ["loss", "ce", "response_kl", "visual_kl", "relation"]
     assert all(f">{stage}</text>" in panels["loss"] for stage in ("dpt", "sft", "dft"))
+
+
+def polylines(svg: str) -> list[list[tuple[float, float]]]:
+    found = re.findall(r'<polyline[^>]*points="([^"]*)"', svg)
+    return [[tuple(map(float, point.split(","))) for point in points.split()] for points in found]
+
+
+def write_losses(run: Path, stage: str, values: list[object]) -> None:
+    lines = [json.dumps({"step": step, "loss": value}) for step, value in enumerate(values, start=1)]
+    (run / stage / "metrics.jsonl").write_text("\n".join(lines))
+
+
+def test_loss_curves_follow_each_other_on_a_logarithmic_axis_between_round_values(make_run: Writer) -> None:
+    run = make_run("a", {"pt-sft": flags(1, 2)}, stages=("pt", "sft"))
+    write_losses(run, "pt", [30.0, 10.0, 3.0, 1.0])
+    write_losses(run, "sft", [3.0, 1.0])
+    svg = loss_curves(collect([run]))["loss"]
+    first, second = polylines(svg)
+    assert [len(first), len(second)] == [4, 2]
+    steps = [x for x, _ in first + second]
+    assert np.diff(steps) == pytest.approx(310 / 6, abs=0.2)  # six steps share the width of 310
+    heights = [y for _, y in first]
+    assert heights[0] - heights[1] == pytest.approx(heights[2] - heights[3], abs=0.2)  # a factor of 3, twice
+    assert all(f">{tick}</text>" in svg for tick in ("1", "2", "5", "10", "20", "50"))
+    assert 28 <= min(heights) < max(heights) == 184  # 1 is the lowest tick
+
+
+def test_what_a_logarithmic_axis_has_no_place_for_is_not_drawn(make_run: Writer) -> None:
+    run = make_run("a", {"pt-sft": flags(1, 2)}, stages=("pt", "sft"))
+    write_losses(run, "pt", [4.0, 0.0, None, float("nan"), float("inf"), 3.0])
+    write_losses(run, "sft", [2.0])
+    svg = loss_curves(collect([run]))["loss"]
+    assert [len(points) for points in polylines(svg)] == [2]
+    assert svg.count("<circle") == 1  # one point alone makes no line
+    assert re.findall(r'text-anchor="end">([^<]+)<', svg) == ["2", "5"]
+    assert not {"nan", "inf"} & set(re.split(r"[^a-z]", svg))
+
+
+def test_a_long_stage_is_drawn_as_means_of_equal_stretches(make_run: Writer) -> None:
+    run = make_run("a", {"pt-sft": flags(1, 2)}, stages=("pt",))
+    write_losses(run, "pt", [1.0, 3.0] * 200)  # 400 points in stretches of three: 1, 3, 1 and 3, 1, 3
+    (points,) = polylines(loss_curves(collect([run]))["loss"])
+    assert len(points) == 134
+    low, high = sorted({y for _, y in points[:-1]}, reverse=True)
+    # On an axis from 1 to 5, 156 high: log(7 / 3 : 5 / 3) / log 5.
+    assert low - high == pytest.approx(156 * math.log(7 / 5) / math.log(5), abs=0.2)
+
+
+def test_every_gram_matrix_but_the_teachers_has_its_cosine_to_the_teacher(make_run: Writer) -> None:
+    run = make_run("a", {"teacher": flags(1, 2), "pt-sft": flags(1, 2)})
+    np.save(run / "evaluation" / "teacher" / "gram.npy", np.array([[1, 0], [0, 1]], dtype=np.float32))
+    np.save(run / "evaluation" / "pt-sft" / "gram.npy", np.array([[1, 1], [1, 1]], dtype=np.float32))
+    assert re.findall(r"cosine to teacher ([-.0-9]+)", page(collect([run]))) == ["0.707"]  # 2 / (sqrt 2 * 2)
 
 
 def test_gram_pictures_forget_the_scale_of_a_matrix() -> None:

@@ -5,16 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report_runs import Writer, flags
+from report_runs import Writer, edit_row, flags
 
 from llavakd.report import collect, write_report
-
-
-def edit_row(run: Path, index: int, **changes: object) -> None:
-    path = run / "results.json"
-    data = json.loads(path.read_text())
-    data["rows"][index] |= changes
-    path.write_text(json.dumps(data))
 
 
 def test_rows_of_all_runs_are_merged_and_an_equal_teacher_is_kept_once(make_run: Writer) -> None:
@@ -55,7 +48,7 @@ def test_a_row_copied_by_an_earlier_report_keeps_the_predictions_of_its_own_run(
     (first / "results.json").write_text(json.dumps({"rows": rows}))
     results = collect([first, second])
     assert [row.name for row in results.rows] == ["pt-sft", "dpt-sft-dft"]
-    assert results.rows[1].folder == second
+    assert results.rows[1].run.folder == second
     assert len(results.rows[1].predictions) == 20
 
 
@@ -120,12 +113,15 @@ def test_stages_keep_the_order_of_training_without_a_pipeline_file(make_run: Wri
     run = make_run("a", {"pt-sft": flags(1, 2)})
     (run / "pipeline.json").unlink()
     assert list(collect([run]).runs[0].stages) == ["dpt", "sft", "dft"]
+    assert collect([run]).notes == []
 
 
 def test_a_resumed_stage_counts_each_step_once_and_the_later_line_wins(make_run: Writer) -> None:
     run = make_run("a", {"pt-sft": flags(1, 2)})
     lines = [{"step": 1, "loss": 9.0}, {"step": 2, "loss": 8.0}, {"step": 2, "loss": 7.0}, {"step": 3, "loss": 6.0}]
     (run / "dpt" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert [line["loss"] for line in collect([run]).runs[0].stages["dpt"]] == [9.0, 7.0, 6.0]
+    (run / "dpt" / "metrics.jsonl").write_text("\n".join(map(json.dumps, [lines[0], lines[3], lines[2]])))
     assert [line["loss"] for line in collect([run]).runs[0].stages["dpt"]] == [9.0, 7.0, 6.0]
 
 
@@ -136,3 +132,38 @@ def test_a_gram_matrix_of_another_picture_is_left_out(make_run: Writer) -> None:
     assert isinstance(results.rows[0].gram, np.ndarray)
     assert results.rows[1].gram is None
     assert any("another probe picture" in note for note in results.notes)
+
+
+def test_runs_of_one_folder_name_are_told_apart_by_the_folders_above(make_run: Writer) -> None:
+    runs = [make_run("x/run", {"pt-sft": flags(1, 2)}), make_run("y/run", {"dpt-sft-dft": flags(1, 2)})]
+    assert [run.label for run in collect(runs).runs] == ["x/run", "y/run"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"accuracy": "high"}, "row 1 lacks accuracy"), ({"n": 2.5}, "row 1 lacks n"), ({"name": 3}, "row 1 lacks name")],
+)
+def test_a_row_of_wrong_types_is_refused(make_run: Writer, changes: dict[str, object], message: str) -> None:
+    run = make_run("a", {"teacher": flags(1, 2), "pt-sft": flags(1, 2)})
+    edit_row(run, 1, **changes)
+    with pytest.raises(ValueError, match=message):
+        collect([run])
+
+
+def test_a_whole_number_is_an_accuracy(make_run: Writer) -> None:
+    run = make_run("a", {"pt-sft": flags(2, 2)})
+    edit_row(run, 0, accuracy=1)
+    assert collect([run]).rows[0].accuracy == 1
+
+
+def test_lines_end_at_newlines_only(make_run: Writer) -> None:
+    run = make_run("a", {"pt-sft": flags(0, 2)}, prediction="one\u2028two")
+    path = run / "evaluation" / "pt-sft" / "predictions.jsonl"
+    path.write_text(path.read_text().replace("\\u2028", "\u2028"), encoding="utf-8")
+    assert collect([run]).rows[0].predictions["q0"]["prediction"] == "one\u2028two"
+
+
+def test_an_emptied_log_is_a_missing_one(make_run: Writer) -> None:
+    run = make_run("a", {"pt-sft": flags(1, 2)})
+    (run / "sft" / "metrics.jsonl").write_text("")
+    assert "a: no metrics of sft." in collect([run]).notes

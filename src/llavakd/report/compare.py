@@ -1,21 +1,27 @@
-"""Intervals, differences to the control and the headline sentence."""
+"""Averages, intervals, differences to the control, how they are written, and the headline sentences."""
 
 import math
-from typing import NamedTuple
+from bisect import bisect
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from llavakd.report.results import TEACHER, Results, Row
+from llavakd.report.results import Results, Row
+from llavakd.report.templates import render
 
 Z95 = 1.96
 
 
-class Difference(NamedTuple):
-    """Accuracy of one row minus that of another, with the half-width of its 95 % interval."""
+class Estimate(NamedTuple):
+    """A share, or a difference of two, with the half-width of its 95 % interval."""
 
     value: float
     half_width: float
-    paired: bool
+    paired: bool = False
+    seeds: int = 1
+    p: float = math.nan  # over seeds: of a value this far from 0 if the true one were 0
 
 
 def half_width(accuracy: float, n: int) -> float:
@@ -24,14 +30,13 @@ def half_width(accuracy: float, n: int) -> float:
     return Z95 * spread / (1 + Z95**2 / n)
 
 
-def difference(row: Row, control: Row) -> Difference:
+def difference(row: Row, control: Row) -> Estimate:
     """Subtract `control`: a paired interval where both kept their answers to the same questions, else an unpaired one."""
-    value = row.accuracy - control.accuracy
-    if row.n > 1 and row.predictions.keys() == control.predictions.keys() and _complete(row) and _complete(control):
-        changes = [row.predictions[key]["correct"] - control.predictions[key]["correct"] for key in row.predictions]
-        return Difference(value, Z95 * float(np.std(changes, ddof=1)) / math.sqrt(row.n), paired=True)
-    variance = sum(r.accuracy * (1 - r.accuracy) / r.n for r in (row, control))
-    return Difference(value, Z95 * math.sqrt(variance), paired=False)
+    value, keys = row.accuracy - control.accuracy, row.predictions.keys()
+    if row.n > 1 and keys == control.predictions.keys() and _complete(row) and _complete(control):
+        changes = [row.predictions[key]["correct"] - control.predictions[key]["correct"] for key in keys]
+        return Estimate(value, Z95 * float(np.std(changes, ddof=1)) / math.sqrt(row.n), paired=True)
+    return Estimate(value, Z95 * math.sqrt(sum(r.accuracy * (1 - r.accuracy) / r.n for r in (row, control))))
 
 
 def _complete(row: Row) -> bool:
@@ -40,45 +45,96 @@ def _complete(row: Row) -> bool:
     return len(row.predictions) == row.n and abs(right / row.n - row.accuracy) < 5e-4
 
 
+def over_seeds(values: Sequence[float]) -> Estimate | None:
+    """Average one value a seed, by Student's t with n - 1 degrees of freedom; None where they show no spread."""
+    n = len(values)
+    error = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else 0.0
+    if error < 1e-12:
+        return None
+    p = 1 - t_coverage(abs(fmean(values)) / error, n - 1)
+    return Estimate(fmean(values), t_quantile(n - 1) * error, paired=True, seeds=n, p=p)
+
+
+def t_coverage(t: float, freedom: int) -> float:
+    """Return P(|T| <= t), for whole degrees of freedom a finite sum (Abramowitz & Stegun 26.7.3 and 26.7.4)."""
+    angle, odd = math.atan(t / math.sqrt(freedom)), freedom % 2
+    term, total = math.cos(angle) if odd else 1.0, 0.0
+    for k in range(1 + odd, freedom, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * k / (k + 1)
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if odd else total
+
+
+def t_quantile(freedom: int) -> float:
+    """Return the t that |T| stays below in 95 % of cases, to six decimals."""
+    return bisect(range(13_000_000), 0.95, key=lambda millionths: t_coverage(millionths / 1e6, freedom)) / 1e6
+
+
+def distilling(row: Row) -> int:
+    """Count the stages of a model that distil."""
+    return sum(stage in ("dpt", "dft") for stage in row.stages)
+
+
 def find_control(results: Results, row: Row) -> Row | None:
     """Return the undistilled row that a row is compared to, of the same seed where there is one.
 
-    Of rows named "pt-..." those without a distilling stage come first, then the longest trained: the strictest one.
+    Of rows that began with "pt" those without a distilling stage come first, then the longest trained, the strictest.
     """
-    found = [other for other in results.rows if other.name.startswith("pt-")]
-    if not found:
-        return None
-    name = min(found, key=lambda other: (_distilling(other), -(other.raw.get("steps") or 0))).name
-    return min((other for other in found if other.name == name), key=lambda other: other.seed != row.seed)
+    found = [other for other in results.rows if other.stages[:1] == ["pt"]]
+    name = min(found, key=lambda other: (distilling(other), -(other.raw.get("steps") or 0))).name if found else ""
+    return min(results.models.get(name, ()), key=lambda other: other.seed != row.seed, default=None)
 
 
-def _distilling(row: Row) -> int:
-    return sum(stage in ("dpt", "dft") for stage in row.name.split("-"))
+def seed_difference(results: Results, rows: Sequence[Row]) -> Estimate | None:
+    """Average the differences of one recipe's rows to the control of the same seed; None for the control itself."""
+    pairs = [(row, find_control(results, row)) for row in rows]
+    return over_seeds([row.accuracy - other.accuracy for row, other in pairs if other and other.seed == row.seed])
+
+
+def main_model(results: Results) -> list[Row]:
+    """Return the rows of the most distilled model, the paper's three stages before others; none without one."""
+    found = [row for row in results.rows if distilling(row)]
+    main = max(found, key=lambda row: (row.stages == ["dpt", "sft", "dft"], distilling(row)), default=None)
+    return results.models[main.name] if main else []
 
 
 def headline(results: Results) -> str:
-    """Say in plain words whether distillation helped, for each seed of the most distilled model."""
-    distilled = [row for row in results.rows if row.name != TEACHER and _distilling(row)]
-    if not distilled:
-        return "No comparison: there is no distilled row (a name with dpt or dft in it)."
-    main = max(distilled, key=lambda row: (row.name == "dpt-sft-dft", _distilling(row))).name
-    pairs = [(row, find_control(results, row)) for row in distilled if row.name == main]
-    told = [_sentence(results, row, control) for row, control in pairs if control and control.name != main]
-    return " ".join(told) or 'No comparison: there is no control row (a name that starts with "pt-").'
+    """Say in plain words whether distillation helped: over seeds where there are several, and for each seed."""
+    functions = {"find_control": find_control, "difference": difference, "seed_difference": seed_difference}
+    return render("headline.jinja", results=results, main=main_model(results), **functions).strip()
 
 
-def _sentence(results: Results, row: Row, control: Row) -> str:
-    value, half, paired = difference(row, control)
-    verdict = "No difference seen"
-    if abs(value) > half:
-        verdict = f"Distillation {'helps' if value > 0 else 'hurts'} here"
-    text = (
-        f"{verdict}: {results.label(row)} answers {100 * row.accuracy:.1f} % right and the control "
-        f"{results.label(control)} {100 * control.accuracy:.1f} %, a difference of {100 * value:+.1f} points "
-        f"(95 % interval {100 * (value - half):+.1f} to {100 * (value + half):+.1f}, "
-        f"{'paired by question' if paired else 'not paired'})."
-    )
-    steps = row.raw.get("steps"), control.raw.get("steps")
-    if None not in steps and steps[0] != steps[1]:
-        text += f" They did not train equally long: {steps[0]:,.0f} and {steps[1]:,.0f} steps."
-    return text
+def console_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """The main table as (header, rows): what each model answers right and how that differs from the control."""
+    rows = []
+    for row in results.rows:
+        costs = [number(row.raw.get(key)) for key in ("n", "steps", "train_seconds", "parameters")]
+        control = find_control(results, row)
+        gap = difference(row, control) if control else None
+        told = "control" if control is row else interval(gap.value, gap.half_width, "+") if gap else "-"
+        rows.append([results.label(row), interval(row.accuracy, half_width(row.accuracy, row.n)), *costs, told])
+    return ["model", "accuracy %", "questions", "steps", "seconds", "parameters", "difference to control"], rows
+
+
+def keys(results: Results, part: str) -> list[str]:
+    """The keys of one of the rows' maps (by kind, benchmark or segment), in the order in which the rows name them."""
+    return list(dict.fromkeys(key for row in results.rows for key in row.raw.get(part) or {}))
+
+
+def mean(rows: Sequence[Row], *path: str) -> float | None:
+    """Average a number at a path of keys in the rows' results over the rows that have it, the seeds of one recipe."""
+    values: list[Any] = [row.raw for row in rows]
+    for key in path:
+        values = [value[key] for value in values if value.get(key) is not None]
+    return fmean(values) if values else None
+
+
+def number(value: float | None, decimals: int = 0) -> str:
+    """Write a number, or "-" where there is none."""
+    return "-" if value is None else f"{value:,.{decimals}f}"
+
+
+def interval(share: float, half: float, sign: str = "") -> str:
+    """Write a share and the half-width of its interval as percentages."""
+    return f"{100 * share:{sign}.1f} ± {100 * half:.1f}"
