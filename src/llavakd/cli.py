@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.markdown import Markdown
 
 from llavakd.config import DataConfig, EvaluationConfig, TeacherConfig, load_recipe
 from llavakd.errors import UserError
 from llavakd.progress import Interrupted, bar, say
+from llavakd.templates import render
 
-_SHOWN = 50  # findings of a source that are printed
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.key=value, stages by name")]
 RunFolder = Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME.")]
@@ -42,7 +40,7 @@ def quickstart(
     from llavakd.quickstart import run_quickstart
 
     results = run_quickstart(out)
-    _print_results(results)
+    _show("results.md.jinja", **results)
     print(  # noqa: T201
         f"\nReport: {out / 'report.html'}\nStudent: {out / 'dpt-sft-dft' / 'dft' / 'model'}\n"
         "Next, with your own data: write it as LLaVA JSON, copy a file from recipes/, set student, teacher and data, and run\n"
@@ -59,7 +57,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None, out: RunFolder = None
     folder = out or Path("runs") / loaded.name
     results = run_pipeline(loaded, folder)
     if results["rows"]:  # without `evaluation`, and on all processes but the first, there is nothing to show
-        _print_results(results)
+        _show("results.md.jinja", **results)
     print(f"Done: {folder}" + (f", report in {folder / 'report.html'}" if results["rows"] else ""))  # noqa: T201
 
 
@@ -79,7 +77,15 @@ def plan(
 
     loaded = load_recipe(recipe, overrides or [])
     plan = plan_run(loaded, gpu=gpu, gpus=gpus, efficiency=efficiency, rows=rows, text_tokens=text_tokens)
-    print(json.dumps(plan)) if as_json else _print_plan(plan)  # noqa: T201
+    if as_json:
+        print(json.dumps(plan))  # noqa: T201
+        return
+    _show("plan.md.jinja", **plan)
+    for line in plan["assumptions"]:
+        say(f"assumed: {line}")
+    for stage in plan["stages"]:
+        if stage["advice"]:
+            say(f"warning: stage {stage['name']} will not fit on {plan['gpu']}; change: {stage['advice']}")
 
 
 @app.command()
@@ -110,7 +116,7 @@ def check(
     text = json.dumps(found, ensure_ascii=False)
     if report is not None:
         report.write_text(text + "\n", encoding="utf-8")
-    print(text) if as_json else _print_check(found)  # noqa: T201
+    print(text) if as_json else _show("check.md.jinja", found=found)  # noqa: T201
     if any(source["unusable"] for source in found.values()):
         sys.exit(1)
 
@@ -177,9 +183,9 @@ def evaluate(
     if as_json:
         print(json.dumps(row))  # noqa: T201
     elif tasks is None:
-        _print_results({"rows": [row]})
+        _show("results.md.jinja", rows=[row])
     else:
-        _print_benchmarks(row)
+        _show("benchmarks.md.jinja", **row)
 
 
 @app.command()
@@ -192,7 +198,7 @@ def report(
 
     folder = out or runs[0]
     write_report(runs, folder)
-    _print_results(json.loads((folder / "results.json").read_text(encoding="utf-8")))
+    _show("results.md.jinja", **json.loads((folder / "results.json").read_text(encoding="utf-8")))
     print(f"Report: {folder / 'report.html'}")  # noqa: T201
 
 
@@ -209,71 +215,9 @@ def convert(
     print(convert_checkpoint(source, target, tokenizer=tokenizer, vision_tower=vision_tower))  # noqa: T201
 
 
-def _print_results(results: dict) -> None:
-    forms = {"accuracy": "{:.1%}", "majority": "{:.1%}", "n": "{:.0f}", "steps": "{:.0f}", "train_seconds": "{:.0f}"}
-    table = Table("model", "accuracy", "majority", "questions", "steps", "seconds")
-    for row in results["rows"]:
-        cells = ["-" if row.get(key) is None else form.format(row[key]) for key, form in forms.items()]
-        table.add_row(row["name"], *cells)
-    Console().print(table)
-
-
-def _print_check(found: dict) -> None:
-    for name, source in found.items():
-        table = Table("row", "kind", "what", title=f"{name}: the first of {len(source['findings'])} findings")
-        for finding in source["findings"][:_SHOWN]:
-            table.add_row(*map(escape, finding.values()))
-        if source["findings"]:
-            Console().print(table)
-        tokens = Table("tokens a row", *source["tokens"])
-        for label in next(iter(source["tokens"].values()), {}):
-            tokens.add_row(label, *(f"{by[label]:,.0f}" for by in source["tokens"].values()))
-        if source["tokens"]:
-            Console().print(tokens)
-        kinds = Counter(finding["kind"] for finding in source["findings"])
-        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "nothing wrong"
-        print(f"{name}: {source['rows']:,} rows, {source['text_only']:.1%} without a picture; {counts}")  # noqa: T201
-
-
-def _print_benchmarks(row: dict) -> None:
-    table = Table(row["name"], "percent", "scored by the server of")
-    for name in dict.fromkeys([*row["benchmarks"], *row["servers"]]):
-        score = row["benchmarks"].get(name)
-        table.add_row(name, "-" if score is None else f"{score:.1f}", row["servers"].get(name, ""))
-    if table.row_count:
-        Console().print(table)
-    for name, value in row["values"].items():
-        print(f"{name} = {value:.6g}")  # noqa: T201
-    for path in row["submissions"]:
-        print(f"for the server: {path}")  # noqa: T201
-
-
-def _print_plan(plan: dict) -> None:
-    columns = [
-        {
-            "parameters that learn": f"{stage['trainable']:,}",
-            "visual + text tokens per row": "{visual:.0f} + {text:.0f}".format(**stage["tokens"]),
-            "steps": f"{stage['steps']:,}",
-            "micro-batch x accumulation": "{micro_batch_size} x {accumulation}".format(**stage),
-            **{f"PFLOP {part}": f"{value / 1e15:,.1f}" for part, value in stage["flops"].items()},
-            **{f"GiB {part}": f"{value / 2**30:.2f}" for part, value in stage["memory"].items()},
-            f"hours on {plan['gpus']} x {plan['gpu']}": f"{stage['hours']:.2f}",
-        }
-        for stage in plan["stages"]
-    ]
-    table = Table("", *(stage["name"] for stage in plan["stages"]))
-    for label in max(columns, key=len):
-        table.add_row(label, *(column.get(label, "-") for column in columns))
-    Console().print(table)
-    for model, parts in plan["parameters"].items():
-        print(f"{model}: " + ", ".join(f"{part} {count:,}" for part, count in parts.items()))  # noqa: T201
-    hours = sum(stage["hours"] for stage in plan["stages"])
-    print(f"{hours:.1f} hours in all, estimated at {plan['efficiency']:.0%} of the GPUs' bf16 rate")  # noqa: T201
-    for line in plan["assumptions"]:
-        say(f"assumed: {line}")
-    for stage in plan["stages"]:
-        if stage["advice"]:
-            say(f"warning: stage {stage['name']} will not fit on {plan['gpu']}; change: {stage['advice']}")
+def _show(template: str, **content: Any) -> None:
+    """A Markdown template, drawn."""
+    Console().print(Markdown(render(template, **content)))
 
 
 def main() -> None:

@@ -442,4 +442,4 @@ def test_the_command_prints_one_json_object_or_every_score_and_file(local, tiny,
     row = json.loads(capsys.readouterr().out)
     assert (row["name"], row["n"], set(row["values"])) == ("teacher", 3, {"local.exact_match"})
     evaluate(str(tiny.teacher), tasks="local", **options)
-    assert capsys.readouterr().out == f"local.exact_match = {row['values']['local.exact_match']:.6g}\n"
+    assert capsys.readouterr().out.strip(" \n\u2022") == f"local.exact_match = {row['values']['local.exact_match']:.6g}"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llavakd.report.results import Results, Row
-from llavakd.report.templates import render
+from llavakd.templates import render
 
 Z95 = 1.96
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llavakd.report import compare, plots
 from llavakd.report.results import Results, collect
-from llavakd.report.templates import render
+from llavakd.templates import render
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Results:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from llavakd.report.results import Results
-from llavakd.report.templates import render
+from llavakd.templates import render
 
 LOSS_PARTS = ("loss", "ce", "response_kl", "visual_kl", "relation")
 VIRIDIS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]])  # RGB, low to high

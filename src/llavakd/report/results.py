@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llavakd.errors import UserError
-from llavakd.report.templates import render
+from llavakd.templates import render
 
 TEACHER = "teacher"
 STAGES = ("pt", "dpt", "sft", "dft")  # in the order of training

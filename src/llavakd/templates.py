@@ -1,14 +1,16 @@
-"""The templates beside this file hold the wording and the layout of the report."""
+"""Wording and layout of the report, the terminal and the model card: jinja files in the folders of FOLDERS."""
 
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, select_autoescape
+
+FOLDERS = ("report", "terminal")
 
 
 def render(template: str, **content: Any) -> str:
     """Fill a template; what goes into HTML and SVG is escaped."""
     environment = Environment(
-        loader=PackageLoader("llavakd", "report"),
+        loader=ChoiceLoader([PackageLoader("llavakd", folder) for folder in FOLDERS]),
         autoescape=select_autoescape(["html.jinja", "svg.jinja"]),
         extensions=["jinja2.ext.do"],
         undefined=StrictUndefined,
