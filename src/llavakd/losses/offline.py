@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llavakd.losses.products import exact_dtype
-from llavakd.losses.rows import RowLosses, at, cross_entropy_with_gradient, live_rows, score_rows
+from llavakd.losses.rows import RowLosses, cross_entropy_with_gradient, score_rows, shared_width
 
 
 def distill_rows_topk(
@@ -35,23 +35,16 @@ def distill_rows_topk(
     "renormalize": the stored ones are scaled to sum to one and the rest is taken for zero: sum_k P'_k (log P'_k -
         log Q_k); pushes the student's mass outside the k to zero.
 
-    Args:
-        student_hidden: [N, D_s]; row i is the position that predicts labels[i].
-        student_head: [V_s, D_s], without bias.
+    Args, where not as of `distill_rows`:
         teacher_ids: int64 [N, k], distinct within a row, below `vocab_size`.
         teacher_logp: [N, k] natural log-probabilities of the teacher's whole softmax over the shared vocabulary.
-        labels: int64 [N]; -100: no cross-entropy in that row.
-        ce_weight: float32 [N].
-        kl_weight: float32 [N].
         teacher_tail: [N], P_tail as it was measured; default 1 - sum_k P_k, which half-precision storage blurs.
         tail: see above.
-        vocab_size: ids that both models share; default the student's head rows.
-        chunk_rows: rows whose logits are alive at once.
 
     Raises:
         ValueError: an unknown tail, an id outside the vocabulary, or probabilities of a row that sum to more than one.
     """
-    vocab_size = len(student_head) if vocab_size is None else vocab_size
+    vocab_size = shared_width(student_head, None, vocab_size)
     if tail not in ("bucket", "renormalize"):
         raise ValueError(f"tail {tail!r} is not known; use 'bucket' or 'renormalize'")
     distilled = kl_weight != 0
@@ -69,36 +62,16 @@ def distill_rows_topk(
     else:
         rest = 1 - mass if teacher_tail is None else teacher_tail.detach().to(p.dtype)
         rest = rest.clamp_min(0).where(distilled, 0)
-    live = live_rows(labels, ce_weight, kl_weight, vocab_size)
-    stored = [at(tensor, live) for tensor in (teacher_ids.where(distilled[:, None], 0), p, rest)]
-
-    def score(logits: Tensor, part: slice, *given: Tensor) -> tuple[Tensor, Tensor]:
-        return _score(logits, *(tensor[part] for tensor in stored), *given)
-
-    return score_rows(
-        student_hidden,
-        student_head,
-        labels,
-        live,
-        ce_weight=ce_weight,
-        kl_weight=kl_weight,
-        score=score,
-        vocab_size=vocab_size,
-        chunk_rows=chunk_rows,
-    )
+    given = (student_hidden, student_head, labels, ce_weight, kl_weight, vocab_size, chunk_rows)
+    return score_rows(*given, _score, teacher_ids, p, rest)
 
 
 def _score(
-    logits: Tensor,
-    ids: Tensor,
-    p: Tensor,
-    rest: Tensor,
-    labels: Tensor,
-    ce_weight: Tensor,
-    kl_weight: Tensor,
-    out: Tensor,
+    logits: Tensor, out: Tensor, ce_weight: Tensor, kl_weight: Tensor, labels: Tensor, *stored: Tensor
 ) -> tuple[Tensor, Tensor]:
     """CE and sum_k P_k (log P_k - log Q_k) + rest (log rest - log Q_rest); the gradient to `logits` is written to `out`."""
+    ids, p, rest = stored
+    ids = ids.where((kl_weight != 0)[:, None], 0)
     ce, grad = cross_entropy_with_gradient(logits, labels, ce_weight)
     student = F.log_softmax(logits, dim=-1)
     kl = torch.xlogy(p, p).sum(-1) - (p * student.gather(1, ids)).sum(-1)

@@ -12,6 +12,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from llavakd.losses.products import operand_dtype, precise_product, product
 from llavakd.losses.rows import refuse_second_derivatives, shared_width
 
+_ROWS = 2**15  # head rows whose gradient is float32 at once
+_SQUARES = WeakTensorKeyDictionary()  # frozen head -> (what it was made from, W^T W)
+
 
 def relation_distance(
     student_hidden: Tensor,
@@ -46,12 +49,16 @@ def relation_distance(
     Raises:
         ValueError: heads of unequal width without `vocab_size`.
     """
-    vocab_size = shared_width(student_head, teacher_head, vocab_size)
-    options: dict[str, Any] = {"vocab_size": vocab_size, "center": center, "row_normalize": row_normalize}
+    width = shared_width(student_head, teacher_head, vocab_size)
+
+    def unit(hidden: Tensor, head: Tensor) -> Tensor:
+        matrix = gram(hidden, head, vocab_size=width, center=center, row_normalize=row_normalize, valid=valid)
+        norm = torch.linalg.matrix_norm(matrix, keepdim=True)
+        return matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny)
+
     with torch.no_grad():
-        teacher = _unit(gram(teacher_hidden, teacher_head, valid=valid, **options))
-    student = _unit(gram(student_hidden, student_head, valid=valid, **options))
-    return (student - teacher).square().sum((-2, -1)) / 2
+        teacher = unit(teacher_hidden, teacher_head)
+    return (unit(student_hidden, student_head) - teacher).square().sum((-2, -1)) / 2
 
 
 def gram(
@@ -115,17 +122,10 @@ class _Square(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         refuse_second_derivatives()
         (head,) = ctx.saved_tensors
-        result = torch.zeros_like(head)
-        both = grad + grad.T
-        for weight, rows in zip(
-            head[: ctx.vocab_size].split(_ROWS), result[: ctx.vocab_size].split(_ROWS), strict=True
-        ):
+        result, both = torch.zeros_like(head), grad + grad.T
+        for weight, rows in zip(*(rows[: ctx.vocab_size].split(_ROWS) for rows in (head, result)), strict=True):
             rows.copy_(precise_product(weight.to(ctx.dtype), both))
         return result, None, None
-
-
-_ROWS = 2**15  # head rows whose gradient is float32 at once
-_SQUARES = WeakTensorKeyDictionary()  # frozen head -> (what it was made from, W^T W)
 
 
 def _head_square(head: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
@@ -134,12 +134,5 @@ def _head_square(head: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
     made_from = (head._version, head.data_ptr(), vocab_size, dtype)
     kept = _SQUARES.get(head)
     if kept is None or kept[0] != made_from:
-        with torch.no_grad():
-            weight = head[:vocab_size].to(dtype)
-            kept = _SQUARES[head] = (made_from, product(weight.T, weight))
+        kept = _SQUARES[head] = (made_from, _Square.apply(head, vocab_size, dtype))
     return kept[1]
-
-
-def _unit(matrix: Tensor) -> Tensor:
-    norm = torch.linalg.matrix_norm(matrix, keepdim=True)
-    return matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny)
