@@ -24,7 +24,7 @@ class Counts(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """What a micro-batch adds: differentiable `total`; detached float32 `parts` that weigh something, not yet weighted."""
+    """`total` is differentiable; `parts` that weigh something are detached float32 scalars, divided, not weighted."""
 
     total: Tensor
     parts: dict[str, Tensor]
@@ -68,19 +68,17 @@ def objective(
         counts: of the whole global batch.
         vocab_size: ids shared with the teacher.
     """
-    response = (labels[:, 1:] != IGNORE_INDEX).nonzero()  # (row, position that predicts)
-    seen = visual.nonzero()
+    response, seen = (labels[:, 1:] != IGNORE_INDEX).nonzero(), visual.nonzero()  # (row, position that predicts)
     response_weight = _weights(response[:, 0], reduction, counts.samples, counts.response_tokens)
     visual_weight = _weights(seen[:, 0], reduction, counts.samples, counts.visual_tokens)
     places = torch.cat([response, seen])
     flat = places[:, 0] * labels.shape[1] + places[:, 1]
-    next_labels = labels[response[:, 0], response[:, 1] + 1]
     rows = distill_rows(
         student_hidden.flatten(0, 1)[flat],
         student_head,
         None if teacher_hidden is None else teacher_hidden.flatten(0, 1)[flat],
         teacher_head,
-        torch.cat([next_labels, next_labels.new_full((len(seen),), IGNORE_INDEX)]),
+        torch.cat([labels[response[:, 0], response[:, 1] + 1], labels.new_full((len(seen),), IGNORE_INDEX)]),
         ce_weight=torch.cat([losses.ce * response_weight, torch.zeros_like(visual_weight)]),
         kl_weight=torch.cat([losses.response_kl * response_weight, losses.visual_kl * visual_weight]),
         divergence=losses.divergence,

@@ -17,8 +17,7 @@ def operand_dtype(hidden: Tensor) -> torch.dtype:
 
 def gradient_dtype(hidden: Tensor) -> torch.dtype:
     """In what the gradient to the logits is rounded: a weight of 1 / tokens takes it below float16's range."""
-    dtype = operand_dtype(hidden)
-    return torch.bfloat16 if dtype == torch.float16 else dtype
+    return torch.bfloat16 if operand_dtype(hidden) == torch.float16 else operand_dtype(hidden)
 
 
 def exact_dtype(hidden: Tensor) -> torch.dtype:

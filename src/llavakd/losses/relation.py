@@ -29,50 +29,39 @@ def relation_distance(
 ) -> Tensor:
     """1 - cos(vec(Z_s Z_s^T), vec(Z_t Z_t^T)) per picture (LLaVA-KD, RDist), Z = H W^T the vocabulary logits.
 
-    Computed as H (W^T W) H^T in float32, so that no [N, V] logits are made; W^T W of a frozen head is kept until the
-    head changes. 1 - cos is taken as half the squared distance of the normalised matrices, which stays exact where the
-    two nearly agree.
+    float32 [B], in [0, 2] (float64 for float64 inputs). Computed as H (W^T W) H^T, so that no [N, V] logits are made;
+    W^T W of a frozen head is kept until the head changes. 1 - cos is taken as half the squared distance of the
+    normalised matrices, which stays exact where the two nearly agree.
 
     Args:
         student_hidden: [B, N, D_s], one picture's visual tokens a row.
         student_head: [V_s, D_s].
         teacher_hidden: [B, N, D_t]; gets no gradient.
         teacher_head: [V_t, D_t].
-        vocab_size: ids that both share; later head rows are cut off.
+        vocab_size: ids that both share; later head rows are cut off. Heads of unequal width need it (ValueError).
         center: subtract the mean visual token first.
         row_normalize: scale every visual token's logits to length one first.
         valid: bool [B, N], False where a picture has fewer than N tokens; default all.
-
-    Returns:
-        float32 [B], in [0, 2] (float64 for float64 inputs).
-
-    Raises:
-        ValueError: heads of unequal width without `vocab_size`.
     """
-    width = shared_width(student_head, teacher_head, vocab_size)
-
-    def unit(hidden: Tensor, head: Tensor) -> Tensor:
-        matrix = gram(hidden, head, vocab_size=width, center=center, row_normalize=row_normalize, valid=valid)
-        norm = torch.linalg.matrix_norm(matrix, keepdim=True)
-        return matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny)
-
+    options = shared_width(student_head, teacher_head, vocab_size), center, row_normalize, valid
     with torch.no_grad():
-        teacher = unit(teacher_hidden, teacher_head)
-    return (unit(student_hidden, student_head) - teacher).square().sum((-2, -1)) / 2
+        teacher = _unit_gram(teacher_hidden, teacher_head, *options)
+    student = _unit_gram(student_hidden, student_head, *options)
+    return (student - teacher).square().sum((-2, -1)) / 2
 
 
-def gram(
-    hidden: Tensor,
-    head: Tensor,
-    *,
-    vocab_size: int | None = None,
-    center: bool = False,
-    row_normalize: bool = False,
-    valid: Tensor | None = None,
-) -> Tensor:
-    """Z Z^T of the logits Z = H W^T: [B, N, D], [V, D] -> float32 [B, N, N]; arguments as `relation_distance`."""
+def gram(hidden: Tensor, head: Tensor) -> Tensor:
+    """Z Z^T of the logits Z = H W^T: [B, N, D], [V, D] -> float32 [B, N, N]."""
     with torch.autocast(hidden.device.type, enabled=False):
-        square = _head_square(head, len(head) if vocab_size is None else vocab_size, operand_dtype(hidden))
+        return _gram(hidden, _head_square(head, len(head), operand_dtype(hidden)))
+
+
+def _unit_gram(
+    hidden: Tensor, head: Tensor, vocab_size: int, center: bool, row_normalize: bool, valid: Tensor | None
+) -> Tensor:
+    """`gram` of Frobenius norm one, [B, N, N]; arguments as `relation_distance`."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        square = _head_square(head, vocab_size, operand_dtype(hidden))
         if valid is not None:
             hidden = hidden.where(valid.unsqueeze(-1), 0)
         if center:
@@ -80,13 +69,17 @@ def gram(
             count = hidden.shape[-2] if valid is None else valid.sum(-1)[..., None, None].clamp_min(1)
             hidden = hidden - hidden.sum(-2, keepdim=True) / count
             hidden = hidden if valid is None else hidden.where(valid.unsqueeze(-1), 0)
-        # Tensor cores want rows of whole 16 bytes; tokens of zeros add zeros.
-        tokens = hidden.shape[-2]
-        matrix = _Gram.apply(F.pad(hidden, (0, 0, 0, -tokens % 8)), square)[..., :tokens, :tokens]
+        matrix = _gram(hidden, square)
         if row_normalize:
             length = matrix.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(matrix.dtype).tiny).sqrt()
             matrix = matrix / (length.unsqueeze(-1) * length.unsqueeze(-2))
-    return matrix
+    norm = torch.linalg.matrix_norm(matrix, keepdim=True)
+    return matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny)
+
+
+def _gram(hidden: Tensor, square: Tensor) -> Tensor:
+    tokens = hidden.shape[-2]  # Tensor cores want rows of whole 16 bytes; tokens of zeros add zeros.
+    return _Gram.apply(F.pad(hidden, (0, 0, 0, -tokens % 8)), square)[..., :tokens, :tokens]
 
 
 class _Gram(torch.autograd.Function):

@@ -6,6 +6,7 @@ Gradients are made in the forward pass, chunk by chunk; backward only scales the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -89,14 +90,13 @@ def distill_rows(
         beta: mixture of `jsd`, skew of `skewed_kl`.
         temperature: > 0.
         vocab_size: ids that both models share; columns beyond take no part on either side. Default: all of equal heads.
-        chunk_rows: rows whose logits are alive at once; default keeps them and the gradients kept to CHUNK_BYTES.
+        chunk_rows: rows whose logits are alive at once; default holds them, with the gradients kept, to CHUNK_BYTES.
         backend: "torch", "triton" (a GPU, or the interpreter), or "auto": triton for tensors on a GPU.
         student_form: scale and soft cap of the student's logits.
         teacher_form: of the teacher's.
 
     Raises:
-        ValueError: heads of unequal width without `vocab_size`, a label outside it, a divergence without a teacher, or an
-            unknown divergence, beta or backend.
+        ValueError: unequal heads without `vocab_size`, a label outside it, no teacher, wrong divergence, beta, backend.
     """
     kind = resolve(divergence, beta)
     vocab_size = shared_width(student_head, teacher_head, vocab_size)
@@ -114,54 +114,43 @@ def distill_rows(
             taught = product(taught.where(kl_weight[:, None] != 0, 0).to(dtype), teacher_weight.T)
         return kernel(logits, taught, labels, ce_weight, kl_weight, how, out)
 
-    given = () if teacher_hidden is None or teacher_head is None else (teacher_hidden.detach(),)
-    return score_rows(student_hidden, student_head, labels, ce_weight, kl_weight, vocab_size, chunk_rows, score, *given)
+    given = [labels] if teacher_hidden is None or teacher_head is None else [labels, teacher_hidden.detach()]
+    return Sweep(score, vocab_size, chunk_rows, given).losses(student_hidden, student_head, ce_weight, kl_weight)
 
 
-def score_rows(
-    student_hidden: Tensor,
-    student_head: Tensor,
-    labels: Tensor,
-    ce_weight: Tensor,
-    kl_weight: Tensor,
-    vocab_size: int,
-    chunk_rows: int | None,
-    score: Score,
-    *given: Tensor,
-) -> RowLosses:
-    """`distill_rows` with any `score`, which gets a chunk of all that is `given` of a row, [N, ...] each."""
-    live = (ce_weight != 0) & (labels != IGNORE_INDEX) | (kl_weight != 0)
-    wrong = live & (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab_size))
-    count, mistakes = torch.stack([live.sum(), wrong.sum()]).tolist()  # one wait for the device
-    if mistakes:
-        raise ValueError(
-            f"label {int(labels[wrong][0])} lies outside the {vocab_size} ids that count; give ids below them or -100"
-        )
-    live = live.nonzero_static(size=count).squeeze(1)
-    if chunk_rows is None:
-        chunk_rows = rows_at_once(vocab_size, gradient_dtype(student_hidden).itemsize, student_hidden.device.type)
-    sweep = _Sweep(live, vocab_size, chunk_rows, score, [_at(rows, live) for rows in (labels, *given)])
-    return RowLosses(*_ScoreRows.apply(student_hidden, student_head, ce_weight, kl_weight, sweep))
+class Sweep(NamedTuple):
+    """A pass over rows in chunks; `given` [N, ...] are their labels and whatever else `score` wants to know of them."""
 
-
-class _Sweep(NamedTuple):
-    """One pass in chunks over the live rows; `given` holds their labels and whatever else the scorer wants."""
-
-    live: Tensor
-    vocab_size: int
-    chunk_rows: int
     score: Score
+    vocab_size: int
+    chunk_rows: int | None
     given: list[Tensor]
 
+    def losses(self, hidden: Tensor, head: Tensor, ce_weight: Tensor, kl_weight: Tensor) -> RowLosses:
+        """Of the rows that weigh something, zero in the others; raises ValueError where a label has no logit."""
+        labels, vocab_size = self.given[0], self.vocab_size
+        live = (ce_weight != 0) & (labels != IGNORE_INDEX) | (kl_weight != 0)
+        wrong = live & (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab_size))
+        count, mistakes = torch.stack([live.sum(), wrong.sum()]).tolist()  # one wait for the device
+        if mistakes:
+            raise ValueError(
+                f"label {int(labels[wrong][0])} lies outside the {vocab_size} ids that count; give ids below or -100"
+            )
+        live = live.nonzero_static(size=count).squeeze(1)
+        run = partial(self._replace(given=[_at(rows, live) for rows in self.given]).run, live)
+        return RowLosses(*_ScoreRows.apply(hidden, head, ce_weight, kl_weight, run))
+
     def run(
-        self, hidden: Tensor, head: Tensor, ce_weight: Tensor, kl_weight: Tensor, wanted: Sequence[bool]
+        self, live: Tensor, hidden: Tensor, head: Tensor, ce_weight: Tensor, kl_weight: Tensor, wanted: Sequence[bool]
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """(CE [N], divergence [N], gradient to hidden, gradient to head) of the weighted sum; None where not wanted."""
+        """(CE [N], divergence [N], gradients to hidden and head or None); `given` must be cut to the `live` rows."""
         dtype, exact, narrow = operand_dtype(hidden), exact_dtype(hidden), gradient_dtype(hidden)
-        total, count, together = len(hidden), len(self.live), GRADIENT_CHUNKS * self.chunk_rows
+        default = rows_at_once(self.vocab_size, narrow.itemsize, head.device.type)
+        chunk_rows = default if self.chunk_rows is None else self.chunk_rows
+        total, count, together = len(hidden), len(live), GRADIENT_CHUNKS * chunk_rows
         weight = head[: self.vocab_size].to(dtype)
         weight_again = weight.to(narrow)
-        hidden, *weights = (_at(rows, self.live) for rows in (hidden, ce_weight.to(exact), kl_weight.to(exact)))
+        hidden, *weights = (_at(rows, live) for rows in (hidden, ce_weight.to(exact), kl_weight.to(exact)))
         ce_rows, kl_rows = hidden.new_zeros(2, count, dtype=exact)
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
         grad_head = torch.empty(head.shape, dtype=exact, device=head.device) if wanted[1] else None
@@ -171,15 +160,17 @@ class _Sweep(NamedTuple):
         for first in range(0, count, together):
             block, grad = slice(first, first + together), grads[: count - first]
             rows = [grad, *(each[block] for each in (hidden, ce_rows, kl_rows, *weights, *self.given))]
-            for out, chunk, ce, kl, *known in zip(*(each.split(self.chunk_rows) for each in rows), strict=True):
+            for out, chunk, ce, kl, *known in zip(*(each.split(chunk_rows) for each in rows), strict=True):
                 ce[:], kl[:] = self.score(product(chunk.to(dtype), weight.T), out, *known)
             if grad_hidden is not None:
                 grad_hidden[block] = product(grad, weight_again)
             if grad_head is not None:
                 accumulate(grad_head[: self.vocab_size], grad.T, hidden[block].to(narrow), onto=first > 0)
-        if grad_hidden is not None:
-            grad_hidden = _spread(grad_hidden, self.live, total)
-        return _spread(ce_rows, self.live, total), _spread(kl_rows, self.live, total), grad_hidden, grad_head
+
+        def spread(values: Tensor) -> Tensor:
+            return values if count == total else values.new_zeros(total, *values.shape[1:]).index_copy_(0, live, values)
+
+        return spread(ce_rows), spread(kl_rows), None if grad_hidden is None else spread(grad_hidden), grad_head
 
 
 def _at(values: Tensor, rows: Tensor) -> Tensor:
@@ -187,20 +178,15 @@ def _at(values: Tensor, rows: Tensor) -> Tensor:
     return values if len(values) == len(rows) else values[rows]
 
 
-def _spread(values: Tensor, rows: Tensor, total: int) -> Tensor:
-    """The reverse of `_at`: zeros in the other rows."""
-    return values if len(rows) == total else values.new_zeros(total, *values.shape[1:]).index_copy_(0, rows, values)
-
-
 class _ScoreRows(torch.autograd.Function):
     """Keeps the gradient of ce + kl; where the two are weighed apart afterwards, a second pass makes it anew."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, ce_weight: Tensor, kl_weight: Tensor, sweep: _Sweep) -> Any:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, ce_weight: Tensor, kl_weight: Tensor, run: partial[Any]) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.sweep = sweep
+        ctx.run = run
         ctx.save_for_backward(hidden, head, ce_weight, kl_weight)
-        ce_rows, kl_rows, *ctx.grads = sweep.run(hidden, head, ce_weight, kl_weight, ctx.needs_input_grad)
+        ce_rows, kl_rows, *ctx.grads = run(hidden, head, ce_weight, kl_weight, ctx.needs_input_grad)
         ctx.mark_non_differentiable(ce_rows, kl_rows)
         # A row of no weight may hold anything: zero, not 0 * inf.
         ce = (ce_rows * ce_weight).where(ce_weight != 0, 0).sum()
@@ -218,22 +204,16 @@ class _ScoreRows(torch.autograd.Function):
         hidden, head, ce_weight, kl_weight = ctx.saved_tensors
         ce_weight = ce_weight * (0.0 if grad_ce is None else grad_ce)
         kl_weight = kl_weight * (0.0 if grad_kl is None else grad_kl)
-        _, _, *grads = ctx.sweep.run(hidden, head, ce_weight, kl_weight, ctx.needs_input_grad)
+        _, _, *grads = ctx.run(hidden, head, ce_weight, kl_weight, ctx.needs_input_grad)
         return *grads, None, None, None
 
 
 def score_torch(
-    logits: Tensor,
-    taught: Tensor | None,
-    labels: Tensor,
-    ce_weight: Tensor,
-    kl_weight: Tensor,
-    how: Scoring,
-    out: Tensor,
+    raw: Tensor, taught: Tensor | None, labels: Tensor, ce_weight: Tensor, kl_weight: Tensor, how: Scoring, out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The portable scorer: CE [n] and divergence [n]; the gradient to the raw `logits` is written to `out` [n, V]."""
+    """The portable scorer: CE [n] and divergence [n]; the gradient to the `raw` logits is written to `out` [n, V]."""
     divergence, beta, temperature, forms = how
-    logits, slope = form_logits(logits, forms[0])
+    logits, slope = form_logits(raw, forms[0])
     ce, grad = cross_entropy_with_gradient(logits, labels, ce_weight)
     kl = torch.zeros_like(ce)
     if taught is not None:
