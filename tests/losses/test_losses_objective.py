@@ -233,6 +233,11 @@ def test_without_a_teacher_there_is_cross_entropy_alone(reduction):
     compare(result, problem, ONLY["ce"], reduction)
 
 
+def test_a_relation_without_a_teacher_is_not_passed_over():
+    with pytest.raises(AssertionError, match="needs a teacher"):
+        run(make_problem(), ONLY["relation"], "sample", teacher_hidden=None, teacher_head=None)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_a_student_equal_to_its_teacher_has_cross_entropy_alone(reduction):
     problem = make_problem()

@@ -114,6 +114,7 @@ def test_rows_that_are_not_distilled_may_hold_anything():
     [
         ({"tail": "drop"}, "'drop'.*bucket"),
         ({"vocab_size": 20}, r"\[0, 20\)"),
+        ({"vocab_size": V + 1}, f"{V + 1} must lie between 1 and .* {V}"),
         ({"teacher_logp": torch.zeros(N, 5)}, "sum to 5"),
     ],
 )

@@ -180,8 +180,8 @@ def test_the_default_chunk_bounds_the_logits_held(monkeypatch):
 
 
 def sweeps(monkeypatch) -> list:
-    made, run = [], rows_module._Sweep.run
-    monkeypatch.setattr(rows_module._Sweep, "run", lambda self, *a: made.append(1) or run(self, *a))
+    made, run = [], rows_module.Sweep.run
+    monkeypatch.setattr(rows_module.Sweep, "run", lambda self, *a: made.append(1) or run(self, *a))
     return made
 
 

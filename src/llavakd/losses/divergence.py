@@ -68,11 +68,7 @@ _LIMITS = {("jsd", 0.0): "forward_kl", ("jsd", 1.0): "reverse_kl", ("skewed_kl",
 
 
 def resolve(name: str, beta: float) -> str:
-    """The key of DIVERGENCES that `name` stands for at this beta.
-
-    Raises:
-        ValueError: an unknown name, or a beta outside [0, 1] ([0, 1) for skewed_kl) where it counts.
-    """
+    """The key of DIVERGENCES that `name` stands for at this beta; raises ValueError for a wrong name or beta."""
     if name not in DIVERGENCES:
         raise ValueError(f"divergence {name!r} is not known; known: {', '.join(DIVERGENCES)}")
     if name in ("jsd", "skewed_kl") and not (0 <= beta < 1 or (beta == 1 and name == "jsd")):

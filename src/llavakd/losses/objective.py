@@ -24,10 +24,7 @@ class Counts(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """What a micro-batch adds: `total` is differentiable; `parts` are detached float32 scalars, divided but not weighted.
-
-    Only the parts that weigh something are there.
-    """
+    """`total` is differentiable; `parts` that weigh something are detached float32 scalars, divided, not weighted."""
 
     total: Tensor
     parts: dict[str, Tensor]
@@ -71,22 +68,17 @@ def objective(
         counts: of the whole global batch.
         vocab_size: ids shared with the teacher.
     """
-    width = labels.shape[1]
-    response = (labels[:, 1:] != IGNORE_INDEX).nonzero()  # (row, position that predicts)
-    seen = visual.nonzero()
-    response_weight, visual_weight = (
-        _weights(places, len(labels), reduction, counts.samples, tokens)
-        for places, tokens in ((response, counts.response_tokens), (seen, counts.visual_tokens))
-    )
+    response, seen = (labels[:, 1:] != IGNORE_INDEX).nonzero(), visual.nonzero()  # (row, position that predicts)
+    response_weight = _weights(response[:, 0], reduction, counts.samples, counts.response_tokens)
+    visual_weight = _weights(seen[:, 0], reduction, counts.samples, counts.visual_tokens)
     places = torch.cat([response, seen])
-    flat = places[:, 0] * width + places[:, 1]
-    next_labels = labels[response[:, 0], response[:, 1] + 1]
+    flat = places[:, 0] * labels.shape[1] + places[:, 1]
     rows = distill_rows(
         student_hidden.flatten(0, 1)[flat],
         student_head,
         None if teacher_hidden is None else teacher_hidden.flatten(0, 1)[flat],
         teacher_head,
-        torch.cat([next_labels, next_labels.new_full((len(seen),), IGNORE_INDEX)]),
+        torch.cat([labels[response[:, 0], response[:, 1] + 1], labels.new_full((len(seen),), IGNORE_INDEX)]),
         ce_weight=torch.cat([losses.ce * response_weight, torch.zeros_like(visual_weight)]),
         kl_weight=torch.cat([losses.response_kl * response_weight, losses.visual_kl * visual_weight]),
         divergence=losses.divergence,
@@ -94,65 +86,32 @@ def objective(
         temperature=losses.temperature,
         vocab_size=vocab_size,
     )
-    total = rows.ce + rows.kl
-    parts = {"ce": (rows.ce_rows[: len(response)] * response_weight).sum()}
-    if teacher_hidden is not None and teacher_head is not None:
-        parts["response_kl"] = (rows.kl_rows[: len(response)] * response_weight).sum()
-        parts["visual_kl"] = (rows.kl_rows[len(response) :] * visual_weight).sum()
-        relation = _relation(
-            student_hidden,
-            student_head,
-            teacher_hidden,
-            teacher_head,
-            visual=visual,
-            image_rows=image_rows,
-            losses=losses,
-            reduction=reduction,
-            counts=counts,
-            vocab_size=vocab_size,
+    relation = torch.zeros((), device=student_hidden.device)
+    if losses.relation and len(image_rows):
+        assert teacher_hidden is not None, "the relation needs a teacher"
+        assert teacher_head is not None, "the relation needs the teacher's head"
+        student, teacher = (
+            hidden[visual].unflatten(0, (len(image_rows), -1)) for hidden in (student_hidden, teacher_hidden)
         )
-        total = total + losses.relation * relation
-        parts["relation"] = relation.detach()
-    parts = {name: value for name, value in parts.items() if losses.weights[name]}
-    return Objective(total, parts)
+        pair = student, student_head, teacher, teacher_head
+        relation = relation_distance(
+            *pair, vocab_size=vocab_size, center=losses.relation_center, row_normalize=losses.relation_row_normalize
+        )
+        if reduction == "sample":
+            relation = relation / torch.bincount(image_rows)[image_rows]
+        relation = relation.sum() / (counts.samples if reduction == "sample" else counts.images)
+    parts = {
+        "ce": (rows.ce_rows[: len(response)] * response_weight).sum(),
+        "response_kl": (rows.kl_rows[: len(response)] * response_weight).sum(),
+        "visual_kl": (rows.kl_rows[len(response) :] * visual_weight).sum(),
+        "relation": relation.detach(),
+    }
+    total = rows.ce + rows.kl + losses.relation * relation
+    return Objective(total, {name: value for name, value in parts.items() if losses.weights[name]})
 
 
-def _weights(places: Tensor, batch: int, reduction: str, samples: int, tokens: int) -> Tensor:
-    """float32 weight of each (row, position): 1 / tokens, or 1 / (samples * tokens of its own row)."""
+def _weights(rows: Tensor, reduction: str, samples: int, tokens: int) -> Tensor:
+    """float32 weight of each token, given its row: 1 / tokens, or 1 / (samples * tokens of its own row)."""
     if reduction == "token":
-        return torch.full((len(places),), 1 / max(tokens, 1), device=places.device)
-    per_row = torch.bincount(places[:, 0], minlength=batch)
-    return 1 / (samples * per_row[places[:, 0]].float())
-
-
-def _relation(
-    student_hidden: Tensor,
-    student_head: Tensor,
-    teacher_hidden: Tensor,
-    teacher_head: Tensor,
-    *,
-    visual: Tensor,
-    image_rows: Tensor,
-    losses: LossConfig,
-    reduction: str,
-    counts: Counts,
-    vocab_size: int | None,
-) -> Tensor:
-    if not losses.relation or not len(image_rows):
-        return student_hidden.new_zeros((), dtype=torch.float32)
-    student, teacher = (
-        hidden[visual].unflatten(0, (len(image_rows), -1)) for hidden in (student_hidden, teacher_hidden)
-    )
-    distance = relation_distance(
-        student,
-        student_head,
-        teacher,
-        teacher_head,
-        vocab_size=vocab_size,
-        center=losses.relation_center,
-        row_normalize=losses.relation_row_normalize,
-    )
-    if reduction == "token":
-        return distance.sum() / counts.images
-    per_row = torch.bincount(image_rows)
-    return (distance / per_row[image_rows]).sum() / counts.samples
+        return torch.full((len(rows),), 1 / max(tokens, 1), device=rows.device)
+    return 1 / (samples * torch.bincount(rows)[rows].float())

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llavakd.losses.products import exact_dtype
-from llavakd.losses.rows import RowLosses, at, cross_entropy_with_gradient, live_rows, score_rows
+from llavakd.losses.rows import RowLosses, Sweep, cross_entropy_with_gradient, shared_width
 
 
 def distill_rows_topk(
@@ -28,30 +28,22 @@ def distill_rows_topk(
 ) -> RowLosses:
     """Weighted sums of cross-entropy and forward KL, at temperature 1, against stored teacher probabilities.
 
-    Two conventions for the mass P_tail = 1 - sum_k P_k that was not stored; both are the full KL at k = V:
+    `tail` names two conventions for the mass P_tail = 1 - sum_k P_k that was not stored; both are the full KL at k = V:
     "bucket": all other ids are one outcome, sum_k P_k (log P_k - log Q_k) + P_tail (log P_tail - log Q_tail) with
         Q_tail the student's mass outside the k: a lower bound of the full KL (data processing inequality), with no
         opinion on how the rest is shared out.
     "renormalize": the stored ones are scaled to sum to one and the rest is taken for zero: sum_k P'_k (log P'_k -
         log Q_k); pushes the student's mass outside the k to zero.
 
-    Args:
-        student_hidden: [N, D_s]; row i is the position that predicts labels[i].
-        student_head: [V_s, D_s], without bias.
+    Arguments as of `distill_rows`, and:
         teacher_ids: int64 [N, k], distinct within a row, below `vocab_size`.
         teacher_logp: [N, k] natural log-probabilities of the teacher's whole softmax over the shared vocabulary.
-        labels: int64 [N]; -100: no cross-entropy in that row.
-        ce_weight: float32 [N].
-        kl_weight: float32 [N].
         teacher_tail: [N], P_tail as it was measured; default 1 - sum_k P_k, which half-precision storage blurs.
-        tail: see above.
-        vocab_size: ids that both models share; default the student's head rows.
-        chunk_rows: rows whose logits are alive at once.
 
     Raises:
         ValueError: an unknown tail, an id outside the vocabulary, or probabilities of a row that sum to more than one.
     """
-    vocab_size = len(student_head) if vocab_size is None else vocab_size
+    vocab_size = shared_width(student_head, None, vocab_size)
     if tail not in ("bucket", "renormalize"):
         raise ValueError(f"tail {tail!r} is not known; use 'bucket' or 'renormalize'")
     distilled = kl_weight != 0
@@ -60,45 +52,23 @@ def distill_rows_topk(
     p = teacher_logp.detach().to(exact_dtype(student_hidden)).exp().where(distilled[:, None], 0)
     mass = p.sum(-1)
     if bool((mass > 1 + 1e-3).any()):
-        raise ValueError(
-            f"probabilities of row {int(mass.argmax())} sum to {float(mass.max()):.4f}; "
-            "give natural logarithms of one softmax"
-        )
+        row, total = int(mass.argmax()), float(mass.max())
+        raise ValueError(f"probabilities of row {row} sum to {total:.4f}; give natural logarithms of one softmax")
     if tail == "renormalize":
         p, rest = p / mass.where(distilled, 1)[:, None], torch.zeros_like(mass)
     else:
         rest = 1 - mass if teacher_tail is None else teacher_tail.detach().to(p.dtype)
         rest = rest.clamp_min(0).where(distilled, 0)
-    live = live_rows(labels, ce_weight, kl_weight, vocab_size)
-    stored = [at(tensor, live) for tensor in (teacher_ids.where(distilled[:, None], 0), p, rest)]
-
-    def score(logits: Tensor, part: slice, *given: Tensor) -> tuple[Tensor, Tensor]:
-        return _score(logits, *(tensor[part] for tensor in stored), *given)
-
-    return score_rows(
-        student_hidden,
-        student_head,
-        labels,
-        live,
-        ce_weight=ce_weight,
-        kl_weight=kl_weight,
-        score=score,
-        vocab_size=vocab_size,
-        chunk_rows=chunk_rows,
-    )
+    sweep = Sweep(_score, vocab_size, chunk_rows, [labels, teacher_ids, p, rest])
+    return sweep.losses(student_hidden, student_head, ce_weight, kl_weight)
 
 
 def _score(
-    logits: Tensor,
-    ids: Tensor,
-    p: Tensor,
-    rest: Tensor,
-    labels: Tensor,
-    ce_weight: Tensor,
-    kl_weight: Tensor,
-    out: Tensor,
+    logits: Tensor, out: Tensor, ce_weight: Tensor, kl_weight: Tensor, labels: Tensor, *stored: Tensor
 ) -> tuple[Tensor, Tensor]:
     """CE and sum_k P_k (log P_k - log Q_k) + rest (log rest - log Q_rest); the gradient to `logits` is written to `out`."""
+    ids, p, rest = stored
+    ids = ids.where(kl_weight[:, None] != 0, 0)  # rows that are not distilled may hold anything
     ce, grad = cross_entropy_with_gradient(logits, labels, ce_weight)
     student = F.log_softmax(logits, dim=-1)
     kl = torch.xlogy(p, p).sum(-1) - (p * student.gather(1, ids)).sum(-1)

@@ -15,9 +15,9 @@ def operand_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else hidden.dtype
 
 
-def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+def gradient_dtype(hidden: Tensor) -> torch.dtype:
     """In what the gradient to the logits is rounded: a weight of 1 / tokens takes it below float16's range."""
-    return torch.bfloat16 if dtype == torch.float16 else dtype
+    return torch.bfloat16 if operand_dtype(hidden) == torch.float16 else operand_dtype(hidden)
 
 
 def exact_dtype(hidden: Tensor) -> torch.dtype:

@@ -12,6 +12,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from llavakd.losses.products import operand_dtype, precise_product, product
 from llavakd.losses.rows import refuse_second_derivatives, shared_width
 
+_ROWS = 2**15  # head rows whose gradient is float32 at once
+_SQUARES = WeakTensorKeyDictionary()  # frozen head -> (what it was made from, W^T W)
+
 
 def relation_distance(
     student_hidden: Tensor,
@@ -26,46 +29,39 @@ def relation_distance(
 ) -> Tensor:
     """1 - cos(vec(Z_s Z_s^T), vec(Z_t Z_t^T)) per picture (LLaVA-KD, RDist), Z = H W^T the vocabulary logits.
 
-    Computed as H (W^T W) H^T in float32, so that no [N, V] logits are made; W^T W of a frozen head is kept until the
-    head changes. 1 - cos is taken as half the squared distance of the normalised matrices, which stays exact where the
-    two nearly agree.
+    float32 [B], in [0, 2] (float64 for float64 inputs). Computed as H (W^T W) H^T, so that no [N, V] logits are made;
+    W^T W of a frozen head is kept until the head changes. 1 - cos is taken as half the squared distance of the
+    normalised matrices, which stays exact where the two nearly agree.
 
     Args:
         student_hidden: [B, N, D_s], one picture's visual tokens a row.
         student_head: [V_s, D_s].
         teacher_hidden: [B, N, D_t]; gets no gradient.
         teacher_head: [V_t, D_t].
-        vocab_size: ids that both share; later head rows are cut off.
+        vocab_size: ids that both share; later head rows are cut off. Heads of unequal width need it (ValueError).
         center: subtract the mean visual token first.
         row_normalize: scale every visual token's logits to length one first.
         valid: bool [B, N], False where a picture has fewer than N tokens; default all.
-
-    Returns:
-        float32 [B], in [0, 2] (float64 for float64 inputs).
-
-    Raises:
-        ValueError: heads of unequal width without `vocab_size`.
     """
-    vocab_size = shared_width(student_head, teacher_head, vocab_size)
-    options: dict[str, Any] = {"vocab_size": vocab_size, "center": center, "row_normalize": row_normalize}
+    options = shared_width(student_head, teacher_head, vocab_size), center, row_normalize, valid
     with torch.no_grad():
-        teacher = _unit(gram(teacher_hidden, teacher_head, valid=valid, **options))
-    student = _unit(gram(student_hidden, student_head, valid=valid, **options))
+        teacher = _unit_gram(teacher_hidden, teacher_head, *options)
+    student = _unit_gram(student_hidden, student_head, *options)
     return (student - teacher).square().sum((-2, -1)) / 2
 
 
-def gram(
-    hidden: Tensor,
-    head: Tensor,
-    *,
-    vocab_size: int | None = None,
-    center: bool = False,
-    row_normalize: bool = False,
-    valid: Tensor | None = None,
-) -> Tensor:
-    """Z Z^T of the logits Z = H W^T: [B, N, D], [V, D] -> float32 [B, N, N]; arguments as `relation_distance`."""
+def gram(hidden: Tensor, head: Tensor) -> Tensor:
+    """Z Z^T of the logits Z = H W^T: [B, N, D], [V, D] -> float32 [B, N, N]."""
     with torch.autocast(hidden.device.type, enabled=False):
-        square = _head_square(head, len(head) if vocab_size is None else vocab_size, operand_dtype(hidden))
+        return _gram(hidden, _head_square(head, len(head), operand_dtype(hidden)))
+
+
+def _unit_gram(
+    hidden: Tensor, head: Tensor, vocab_size: int, center: bool, row_normalize: bool, valid: Tensor | None
+) -> Tensor:
+    """`gram` of Frobenius norm one, [B, N, N]; arguments as `relation_distance`."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        square = _head_square(head, vocab_size, operand_dtype(hidden))
         if valid is not None:
             hidden = hidden.where(valid.unsqueeze(-1), 0)
         if center:
@@ -73,13 +69,17 @@ def gram(
             count = hidden.shape[-2] if valid is None else valid.sum(-1)[..., None, None].clamp_min(1)
             hidden = hidden - hidden.sum(-2, keepdim=True) / count
             hidden = hidden if valid is None else hidden.where(valid.unsqueeze(-1), 0)
-        # Tensor cores want rows of whole 16 bytes; tokens of zeros add zeros.
-        tokens = hidden.shape[-2]
-        matrix = _Gram.apply(F.pad(hidden, (0, 0, 0, -tokens % 8)), square)[..., :tokens, :tokens]
+        matrix = _gram(hidden, square)
         if row_normalize:
             length = matrix.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(matrix.dtype).tiny).sqrt()
             matrix = matrix / (length.unsqueeze(-1) * length.unsqueeze(-2))
-    return matrix
+    norm = torch.linalg.matrix_norm(matrix, keepdim=True)
+    return matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny)
+
+
+def _gram(hidden: Tensor, square: Tensor) -> Tensor:
+    tokens = hidden.shape[-2]  # Tensor cores want rows of whole 16 bytes; tokens of zeros add zeros.
+    return _Gram.apply(F.pad(hidden, (0, 0, 0, -tokens % 8)), square)[..., :tokens, :tokens]
 
 
 class _Gram(torch.autograd.Function):
@@ -115,17 +115,10 @@ class _Square(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         refuse_second_derivatives()
         (head,) = ctx.saved_tensors
-        result = torch.zeros_like(head)
-        both = grad + grad.T
-        for weight, rows in zip(
-            head[: ctx.vocab_size].split(_ROWS), result[: ctx.vocab_size].split(_ROWS), strict=True
-        ):
+        result, both = torch.zeros_like(head), grad + grad.T
+        for weight, rows in zip(*(rows[: ctx.vocab_size].split(_ROWS) for rows in (head, result)), strict=True):
             rows.copy_(precise_product(weight.to(ctx.dtype), both))
         return result, None, None
-
-
-_ROWS = 2**15  # head rows whose gradient is float32 at once
-_SQUARES = WeakTensorKeyDictionary()  # frozen head -> (what it was made from, W^T W)
 
 
 def _head_square(head: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
@@ -134,12 +127,5 @@ def _head_square(head: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
     made_from = (head._version, head.data_ptr(), vocab_size, dtype)
     kept = _SQUARES.get(head)
     if kept is None or kept[0] != made_from:
-        with torch.no_grad():
-            weight = head[:vocab_size].to(dtype)
-            kept = _SQUARES[head] = (made_from, product(weight.T, weight))
+        kept = _SQUARES[head] = (made_from, _Square.apply(head, vocab_size, dtype))
     return kept[1]
-
-
-def _unit(matrix: Tensor) -> Tensor:
-    norm = torch.linalg.matrix_norm(matrix, keepdim=True)
-    return matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny)

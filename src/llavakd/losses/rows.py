@@ -5,7 +5,8 @@ Gradients are made in the forward pass, chunk by chunk; backward only scales the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,8 +20,8 @@ IGNORE_INDEX = -100
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 17 * 2**26}  # logits of one chunk, both models, and the gradients kept of some
 GRADIENT_CHUNKS = 3  # whose gradients go into one product: each adds to the whole head's gradient
 _TILE = 256  # rows of a product's tile on a Hopper GPU
-# (student logits, which live rows, labels, ce weight, kl weight, where the gradient goes) -> (CE, divergence)
-Score = Callable[[Tensor, slice, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# Of a chunk: (student logits, where their gradient goes, ce_weight, kl_weight, labels, *given) -> (CE, divergence)
+Score = Callable[..., tuple[Tensor, Tensor]]
 
 
 class RowLosses(NamedTuple):
@@ -88,190 +89,131 @@ def distill_rows(
         divergence: key of DIVERGENCES (LLaVA-KD uses forward_kl).
         beta: mixture of `jsd`, skew of `skewed_kl`.
         temperature: > 0.
-        vocab_size: ids that both models share; columns beyond take no part on either side. Default: the student's head
-            rows, which the teacher's must equal.
-        chunk_rows: rows whose logits are alive at once; default bounds them, with the gradients kept, to 1.06 GiB on a GPU,
-            64 MiB elsewhere.
+        vocab_size: ids that both models share; columns beyond take no part on either side. Default: all of equal heads.
+        chunk_rows: rows whose logits are alive at once; default holds them, with the gradients kept, to CHUNK_BYTES.
         backend: "torch", "triton" (a GPU, or the interpreter), or "auto": triton for tensors on a GPU.
         student_form: scale and soft cap of the student's logits.
         teacher_form: of the teacher's.
 
     Raises:
-        ValueError: heads of unequal width without `vocab_size`, a label outside it, a divergence without a teacher, or an
-            unknown divergence, beta or backend.
+        ValueError: unequal heads without `vocab_size`, a label outside it, no teacher, wrong divergence, beta, backend.
     """
     kind = resolve(divergence, beta)
     vocab_size = shared_width(student_head, teacher_head, vocab_size)
     if teacher_hidden is None and bool((kl_weight != 0).any()):
         raise ValueError("kl_weight asks for a divergence, but teacher_hidden is None; give a teacher or zero weights")
-    kernel = _kernel(backend, student_hidden)
-    dtype = operand_dtype(student_hidden)
+    kernel, dtype = _kernel(backend, student_hidden), operand_dtype(student_hidden)
     how = Scoring(kind, beta, temperature, (student_form, teacher_form))
-    live = live_rows(labels, ce_weight, kl_weight, vocab_size)
-    teacher = None
-    if teacher_hidden is not None and teacher_head is not None:
-        teacher = at(teacher_hidden.detach(), live), teacher_head[:vocab_size].detach().to(dtype)
+    teacher_weight = None if teacher_head is None else teacher_head[:vocab_size].detach().to(dtype)
 
     def score(
-        logits: Tensor, part: slice, labels: Tensor, ce_weight: Tensor, kl_weight: Tensor, grad: Tensor
+        logits: Tensor, out: Tensor, ce_weight: Tensor, kl_weight: Tensor, labels: Tensor, taught: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        taught = None
-        if teacher is not None:
+        if taught is not None and teacher_weight is not None:
             # Zeros where nothing is distilled: a zero weight alone would turn an overflowed teacher into NaN gradients.
-            taught = product(teacher[0][part].where(kl_weight[:, None] != 0, 0).to(dtype), teacher[1].T)
-        return kernel(logits, taught, labels, ce_weight, kl_weight, how, grad)
+            taught = product(taught.where(kl_weight[:, None] != 0, 0).to(dtype), teacher_weight.T)
+        return kernel(logits, taught, labels, ce_weight, kl_weight, how, out)
 
-    return score_rows(
-        student_hidden,
-        student_head,
-        labels,
-        live,
-        ce_weight=ce_weight,
-        kl_weight=kl_weight,
-        score=score,
-        vocab_size=vocab_size,
-        chunk_rows=chunk_rows,
-    )
+    given = [labels] if teacher_hidden is None or teacher_head is None else [labels, teacher_hidden.detach()]
+    return Sweep(score, vocab_size, chunk_rows, given).losses(student_hidden, student_head, ce_weight, kl_weight)
 
 
-def live_rows(labels: Tensor, ce_weight: Tensor, kl_weight: Tensor, vocab_size: int) -> Tensor:
-    """int64 numbers of the rows that weigh something; raises ValueError where a label of theirs has no logit."""
-    live = (ce_weight != 0) & (labels != IGNORE_INDEX) | (kl_weight != 0)
-    wrong = live & (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab_size))
-    count, mistakes = torch.stack([live.sum(), wrong.sum()]).tolist()  # one wait for the device
-    if mistakes:
-        raise ValueError(
-            f"label {int(labels[wrong][0])} lies outside the {vocab_size} ids that count; give ids below them or -100"
-        )
-    return live.nonzero_static(size=count).squeeze(1)
+class Sweep(NamedTuple):
+    """A pass over rows in chunks; `given` [N, ...] are their labels and whatever else `score` wants to know of them."""
 
-
-def score_rows(
-    student_hidden: Tensor,
-    student_head: Tensor,
-    labels: Tensor,
-    live: Tensor,
-    *,
-    ce_weight: Tensor,
-    kl_weight: Tensor,
-    score: Score,
-    vocab_size: int,
-    chunk_rows: int | None,
-) -> RowLosses:
-    """The chunked pass over live rows with any `score`; arguments as `distill_rows`."""
-    if chunk_rows is None:
-        size = gradient_dtype(operand_dtype(student_hidden)).itemsize
-        chunk_rows = rows_at_once(vocab_size, size, student_hidden.device.type)
-    sweep = _Sweep(labels, live, score, vocab_size, chunk_rows)
-    return RowLosses(*_ScoreRows.apply(student_hidden, student_head, ce_weight, kl_weight, sweep))
-
-
-class _Sweep(NamedTuple):
-    """One pass over the live rows, in chunks."""
-
-    labels: Tensor
-    live: Tensor
     score: Score
     vocab_size: int
-    chunk_rows: int
+    chunk_rows: int | None
+    given: list[Tensor]
+
+    def losses(self, hidden: Tensor, head: Tensor, ce_weight: Tensor, kl_weight: Tensor) -> RowLosses:
+        """Of the rows that weigh something, zero in the others; raises ValueError where a label has no logit."""
+        labels, vocab_size = self.given[0], self.vocab_size
+        live = (ce_weight != 0) & (labels != IGNORE_INDEX) | (kl_weight != 0)
+        wrong = live & (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab_size))
+        count, mistakes = torch.stack([live.sum(), wrong.sum()]).tolist()  # one wait for the device
+        if mistakes:
+            raise ValueError(
+                f"label {int(labels[wrong][0])} lies outside the {vocab_size} ids that count; give ids below or -100"
+            )
+        live = live.nonzero_static(size=count).squeeze(1)
+        run = partial(self._replace(given=[_at(rows, live) for rows in self.given]).run, live)
+        return RowLosses(*_ScoreRows.apply(hidden, head, ce_weight, kl_weight, run))
 
     def run(
-        self, hidden: Tensor, head: Tensor, ce_weight: Tensor, kl_weight: Tensor, wanted: tuple[bool, bool]
+        self, live: Tensor, hidden: Tensor, head: Tensor, ce_weight: Tensor, kl_weight: Tensor, wanted: Sequence[bool]
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """(CE [N], divergence [N], gradient to hidden, gradient to head) of the weighted sum; None where not wanted."""
-        dtype, exact = operand_dtype(hidden), exact_dtype(hidden)
-        narrow, total, count = gradient_dtype(dtype), len(hidden), len(self.live)
+        """(CE [N], divergence [N], gradients to hidden and head or None); `given` must be cut to the `live` rows."""
+        dtype, exact, narrow = operand_dtype(hidden), exact_dtype(hidden), gradient_dtype(hidden)
+        default = rows_at_once(self.vocab_size, narrow.itemsize, head.device.type)
+        chunk_rows = default if self.chunk_rows is None else self.chunk_rows
+        total, count, together = len(hidden), len(live), GRADIENT_CHUNKS * chunk_rows
         weight = head[: self.vocab_size].to(dtype)
         weight_again = weight.to(narrow)
-        hidden = at(hidden, self.live)
-        labels, ce_weight, kl_weight = (
-            at(tensor, self.live) for tensor in (self.labels, ce_weight.to(exact), kl_weight.to(exact))
-        )
+        hidden, *weights = (_at(rows, live) for rows in (hidden, ce_weight.to(exact), kl_weight.to(exact)))
         ce_rows, kl_rows = hidden.new_zeros(2, count, dtype=exact)
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
         grad_head = torch.empty(head.shape, dtype=exact, device=head.device) if wanted[1] else None
         if grad_head is not None:
             grad_head[self.vocab_size if count else 0 :] = 0
-        together = GRADIENT_CHUNKS * self.chunk_rows
         grads = torch.empty(min(count, together), self.vocab_size, dtype=narrow, device=head.device)
         for first in range(0, count, together):
-            block = slice(first, min(first + together, count))
-            for start in range(block.start, block.stop, self.chunk_rows):
-                part = slice(start, min(start + self.chunk_rows, block.stop))
-                logits = product(hidden[part].to(dtype), weight.T)
-                grad = grads[part.start - first : part.stop - first]
-                ce_rows[part], kl_rows[part] = self.score(
-                    logits, part, labels[part], ce_weight[part], kl_weight[part], grad
-                )
-                del logits
-            grad = grads[: block.stop - first]
+            block, grad = slice(first, first + together), grads[: count - first]
+            rows = [grad, *(each[block] for each in (hidden, ce_rows, kl_rows, *weights, *self.given))]
+            for out, chunk, ce, kl, *known in zip(*(each.split(chunk_rows) for each in rows), strict=True):
+                ce[:], kl[:] = self.score(product(chunk.to(dtype), weight.T), out, *known)
             if grad_hidden is not None:
                 grad_hidden[block] = product(grad, weight_again)
             if grad_head is not None:
                 accumulate(grad_head[: self.vocab_size], grad.T, hidden[block].to(narrow), onto=first > 0)
-        if grad_hidden is not None:
-            grad_hidden = _spread(grad_hidden, self.live, total)
-        return _spread(ce_rows, self.live, total), _spread(kl_rows, self.live, total), grad_hidden, grad_head
+
+        def spread(values: Tensor) -> Tensor:
+            return values if count == total else values.new_zeros(total, *values.shape[1:]).index_copy_(0, live, values)
+
+        return spread(ce_rows), spread(kl_rows), None if grad_hidden is None else spread(grad_hidden), grad_head
 
 
-def at(values: Tensor, rows: Tensor) -> Tensor:
+def _at(values: Tensor, rows: Tensor) -> Tensor:
     """values[rows] of ascending row numbers; without a copy where it is all of them."""
     return values if len(values) == len(rows) else values[rows]
-
-
-def _spread(values: Tensor, rows: Tensor, total: int) -> Tensor:
-    """The reverse of `at`: zeros in the other rows."""
-    return values if len(rows) == total else values.new_zeros(total, *values.shape[1:]).index_copy_(0, rows, values)
 
 
 class _ScoreRows(torch.autograd.Function):
     """Keeps the gradient of ce + kl; where the two are weighed apart afterwards, a second pass makes it anew."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, ce_weight: Tensor, kl_weight: Tensor, sweep: _Sweep
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, ce_weight: Tensor, kl_weight: Tensor, run: partial[Any]) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.sweep, ctx.wanted = sweep, (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        ce_weight, kl_weight = ce_weight.detach(), kl_weight.detach()
-        ce_rows, kl_rows, *ctx.grads = sweep.run(hidden, head, ce_weight, kl_weight, ctx.wanted)
+        ctx.run = run
         ctx.save_for_backward(hidden, head, ce_weight, kl_weight)
+        ce_rows, kl_rows, *ctx.grads = run(hidden, head, ce_weight, kl_weight, ctx.needs_input_grad)
         ctx.mark_non_differentiable(ce_rows, kl_rows)
         # A row of no weight may hold anything: zero, not 0 * inf.
-        ce, kl = (
-            (values * weight).where(weight != 0, 0).sum()
-            for values, weight in ((ce_rows, ce_weight), (kl_rows, kl_weight))
-        )
+        ce = (ce_rows * ce_weight).where(ce_weight != 0, 0).sum()
+        kl = (kl_rows * kl_weight).where(kl_weight != 0, 0).sum()
         return ce, kl, ce_rows, kl_rows
 
     @staticmethod
     def backward(ctx: Any, grad_ce: Tensor | None, grad_kl: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
         kept, ctx.grads = ctx.grads, None
-        if kept is not None and grad_ce is not None and grad_kl is not None and _one_tensor(grad_ce, grad_kl):
-            scaled = [None if grad is None else grad.mul_(grad_ce) for grad in kept]
-        else:
-            del kept
-            hidden, head, ce_weight, kl_weight = ctx.saved_tensors
-            ce_weight = ce_weight * (0.0 if grad_ce is None else grad_ce)
-            kl_weight = kl_weight * (0.0 if grad_kl is None else grad_kl)
-            *_, grad_hidden, grad_head = ctx.sweep.run(hidden, head, ce_weight, kl_weight, ctx.wanted)
-            scaled = [grad_hidden, grad_head]
-        return scaled[0], scaled[1], None, None, None
+        # A sum hands the same gradient to both; read off the pointers, so that no device is waited for.
+        if kept and grad_ce is not None and grad_kl is not None and grad_ce.data_ptr() == grad_kl.data_ptr():
+            return *(None if grad is None else grad.mul_(grad_ce) for grad in kept), None, None, None
+        del kept
+        hidden, head, ce_weight, kl_weight = ctx.saved_tensors
+        ce_weight = ce_weight * (0.0 if grad_ce is None else grad_ce)
+        kl_weight = kl_weight * (0.0 if grad_kl is None else grad_kl)
+        _, _, *grads = ctx.run(hidden, head, ce_weight, kl_weight, ctx.needs_input_grad)
+        return *grads, None, None, None
 
 
 def score_torch(
-    logits: Tensor,
-    taught: Tensor | None,
-    labels: Tensor,
-    ce_weight: Tensor,
-    kl_weight: Tensor,
-    how: Scoring,
-    out: Tensor,
+    raw: Tensor, taught: Tensor | None, labels: Tensor, ce_weight: Tensor, kl_weight: Tensor, how: Scoring, out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The portable scorer: CE [n] and divergence [n]; the gradient to the raw `logits` is written to `out` [n, V]."""
+    """The portable scorer: CE [n] and divergence [n]; the gradient to the `raw` logits is written to `out` [n, V]."""
     divergence, beta, temperature, forms = how
-    logits, slope = form_logits(logits, forms[0])
+    logits, slope = form_logits(raw, forms[0])
     ce, grad = cross_entropy_with_gradient(logits, labels, ce_weight)
     kl = torch.zeros_like(ce)
     if taught is not None:
@@ -317,17 +259,13 @@ def refuse_second_derivatives() -> None:
         raise RuntimeError("this loss has no second derivative; call backward without create_graph=True")
 
 
-def _one_tensor(left: Tensor, right: Tensor) -> bool:
-    """Whether a sum handed the same gradient to both; read off the pointers, so that no device is waited for."""
-    return left.data_ptr() == right.data_ptr()
-
-
 def _kernel(backend: str, hidden: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    double = hidden.dtype == torch.float64
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend {backend!r} is not known; use 'auto', 'torch' or 'triton'")
-    if backend == "triton" and hidden.dtype == torch.float64:
+    if backend == "triton" and double:
         raise ValueError("backend 'triton' computes in float32, but hidden states are float64; use 'torch' or 'auto'")
-    if backend == "torch" or (backend == "auto" and (not hidden.is_cuda or hidden.dtype == torch.float64)):
+    if backend == "torch" or (backend == "auto" and (double or not hidden.is_cuda)):
         return score_torch
     from llavakd.ops.rows import score_triton  # imported only where it runs: triton is not on every machine
 
@@ -336,17 +274,12 @@ def _kernel(backend: str, hidden: Tensor) -> Callable[..., tuple[Tensor, Tensor]
 
 def shared_width(student_head: Tensor, teacher_head: Tensor | None, vocab_size: int | None) -> int:
     """How many leading head rows take part; raises ValueError where the two heads leave it open."""
-    student_rows = len(student_head)
-    teacher_rows = student_rows if teacher_head is None else len(teacher_head)
-    if vocab_size is None:
-        if student_rows != teacher_rows:
-            raise ValueError(
-                f"heads have {student_rows} and {teacher_rows} rows; give vocab_size, the number of ids that both "
-                "tokenizers share"
-            )
-        return student_rows
-    if not 0 < vocab_size <= min(student_rows, teacher_rows):
+    student, teacher = len(student_head), len(student_head if teacher_head is None else teacher_head)
+    if vocab_size is None and student != teacher:
         raise ValueError(
-            f"vocab_size {vocab_size} must lie between 1 and the narrower head, {min(student_rows, teacher_rows)}"
+            f"heads have {student} and {teacher} rows; give vocab_size, the number of ids that both tokenizers share"
         )
-    return vocab_size
+    width = student if vocab_size is None else vocab_size
+    if not 0 < width <= min(student, teacher):
+        raise ValueError(f"vocab_size {width} must lie between 1 and the narrower head, {min(student, teacher)}")
+    return width
