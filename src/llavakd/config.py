@@ -208,11 +208,7 @@ _RecipeLoader.add_implicit_resolver(
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override (`a.b=c`; a stage by name or number) and check a recipe file.
-
-    Raises:
-        RecipeError: unreadable file, unknown or repeated key, wrong type, or a run that cannot make sense.
-    """
+    """Read, override (`a.b=c`; a stage by name or number) and check a recipe file; RecipeError where any of it fails."""
     try:
         tree = _read_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:

@@ -66,9 +66,7 @@ class Run:
 def run_pipeline(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Run or go on with every stage in `out`, then evaluate and report; returns results.json as a dict.
 
-    Raises:
-        UserError: the recipe, the data, a model or the run folder is wrong.
-        Interrupted: stopped by the person; the same call goes on.
+    Raises UserError for a wrong recipe, data file, model or run folder, and Interrupted where a person stopped it.
     """
     out.mkdir(parents=True, exist_ok=True)
     transformers.utils.logging.disable_progress_bar()  # ours say what takes long

@@ -25,11 +25,7 @@ def used_sources(recipe: Recipe) -> list[str]:
 
 
 def readers_of(recipe: Recipe) -> list[VisionLanguageModel]:
-    """The student and, where it reads otherwise, the teacher, without weights.
-
-    Raises:
-        UserError: a model that cannot be outlined, or a student and teacher that cannot be a pair.
-    """
+    """The student and, where it reads otherwise, the teacher, without weights; UserError where they are no pair."""
     student = outline_student(recipe.student)
     if recipe.teacher is None or not any(stage.losses.distils for stage in recipe.stages):
         return [student]
@@ -39,11 +35,7 @@ def readers_of(recipe: Recipe) -> list[VisionLanguageModel]:
 
 
 def check_before_training(recipe: Recipe, samples: Mapping[str, Samples]) -> None:
-    """The check that takes seconds: the pair, and whether a spread of every source's rows renders.
-
-    Raises:
-        UserError: the models are no pair, or more rows than `max_bad_rows` of those tried cannot be used.
-    """
+    """The check that takes seconds: the pair, and whether a spread of every source's rows renders; UserError if not."""
     student, *_ = readers_of(recipe)
     for name in {name: None for stage in recipe.stages for name in stage.sources}:
         for mistake in samples[name].mistakes:

@@ -13,8 +13,7 @@ from llavakd.templates import render
 def write_report(runs: Sequence[Path], out: Path) -> Results:
     """Merge finished runs and write `results.json`, `report.md` and `report.html` to `out`, which may be one of them.
 
-    Raises:
-        UserError: a run folder is unusable or two of them disagree; nothing is written then.
+    Raises UserError, with nothing written, where a run folder is unusable or two of them disagree.
     """
     results = collect(runs)
     merged = {"rows": [row.raw for row in results.rows], "environment": results.environment}

@@ -79,11 +79,7 @@ class Results:
 
 
 def collect(runs: Sequence[Path]) -> Results:
-    """Merge the results of finished run folders, rows in the order of the folders.
-
-    Raises:
-        UserError: a folder has no usable `results.json`, or two folders disagree about one row.
-    """
+    """Merge finished run folders, rows in the folders' order; UserError where one is unusable or two disagree."""
     folders = list(dict.fromkeys(Path(run).resolve() for run in runs))
     if not folders:
         raise UserError("got no run folder, expected at least one; name a folder that `llava-kd train` wrote")

@@ -121,10 +121,8 @@ def write_world(
 
     There are `scenes` (1 or more) train scenes, `test_questions` (2 or more) rows in `test` and half as many in `val`.
     `noise` is the share of wrong answers in `instruct`, so in `mixed`; `seed` is 0 or more; `workers` draw in parallel,
-    to the same bytes; `progress` is called with (scenes done, scenes in all) now and then, all splits together.
-
-    Raises:
-        UserError: the directory is not an empty folder or a number is too small; nothing is written then.
+    to the same bytes; `progress` is called with (scenes done, scenes in all) now and then, all splits together. Raises
+    UserError, with nothing written, for a folder that is not empty or a number that is too small.
     """
     numbers = {"scenes": (scenes, 1), "seed": (seed, 0), "test_questions": (test_questions, 2), "workers": (workers, 1)}
     for name, (got, least) in numbers.items():

@@ -52,9 +52,7 @@ def total_steps(rows: int, stage: StageConfig) -> int:
 def run_stage(state: TrainState, dataset: RowDataset, recipe: Recipe, folder: Path) -> Progress:
     """Train one stage to its end, going on from its newest whole checkpoint.
 
-    Raises:
-        Interrupted: after Ctrl-C or SIGTERM, once the step in progress is saved.
-        DataError: more than `max_bad_rows` of the stage's rows could not be used.
+    Raises Interrupted after Ctrl-C or SIGTERM, once the step is saved, and DataError after too many rows left out.
     """
     stage, accelerator = state.stage, state.accelerator
     steps = total_steps(len(dataset), stage)

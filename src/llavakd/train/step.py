@@ -90,11 +90,7 @@ class StepResult:
 
 
 def train_step(state: TrainState, micro_batches: Sequence[Batch], *, step: int) -> StepResult:
-    """Forward and backward over this rank's micro-batches, clip, update.
-
-    Raises:
-        NonFiniteError: before anything is updated.
-    """
+    """Forward and backward over this rank's micro-batches, clip, update; NonFiniteError before anything is updated."""
     accelerator = state.accelerator
     counts, counted = _count(accelerator, micro_batches)
     outputs = []
