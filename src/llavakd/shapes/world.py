@@ -10,6 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from llavakd.errors import UserError
 from llavakd.shapes.drawing import draw
@@ -113,6 +114,13 @@ def _work(images: Path, seed: int, exams: dict[str, int], noise: float, place: t
     if split == "text":
         return _text_scene(index, rng)
     return _exam_scene(images, split, index, exams[split], rng)
+
+
+def examples(count: int) -> list[tuple[Image.Image, Question]]:
+    """The same few pictures of the test split every time, each with a question."""
+    rng = np.random.default_rng(0)
+    scenes = [scene_in("test", rng) for _ in range(count)]
+    return [(draw(scene, rng), ask_several(scene, 1, rng)[0]) for scene in scenes]
 
 
 def _shuffled(lines: Sequence[str], *seeds: int) -> list[str]:
