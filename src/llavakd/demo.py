@@ -25,7 +25,7 @@ def run_demo(models: Sequence[str], *, host: str, port: int, max_upload: int) ->
     style, limit = Path(__file__).parent / "assets" / "demo.css", max_upload * 2**20
     where: dict[str, Any] = {"server_name": host, "server_port": port, "share": False, "quiet": True}
     try:
-        page.launch(**where, max_file_size=limit, css_paths=style, prevent_thread_lock=True)
+        page.launch(**where, max_file_size=limit, css_paths=style, footer_links=[], prevent_thread_lock=True)
     except OSError as error:
         raise UserError(f"cannot serve on {host}:{port}: {error}; give another --host or --port") from error
     say(f"The page is at {page.local_url}; Ctrl-C ends it.")
@@ -57,7 +57,9 @@ def build_page(models: Sequence[str]) -> gr.Blocks:
         gr.Markdown("# LLaVA-KD demo")
         with gr.Row():
             with gr.Column(min_width=280):
-                picture = gr.Image(label="Picture", type="filepath", sources=["upload", "clipboard"], height=280)
+                picture = gr.Image(
+                    label="Picture", type="filepath", sources=["upload", "clipboard"], height=280, elem_id="picture"
+                )
                 # Gradio would open the file, whatever its size.
                 setattr(picture, "preprocess", lambda upload: upload and upload.path)  # noqa: B010 - mypy
                 question = gr.Textbox(label="Question", placeholder="What is in the picture?", submit_btn="Ask")

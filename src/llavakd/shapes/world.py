@@ -119,7 +119,7 @@ def _work(images: Path, seed: int, exams: dict[str, int], noise: float, place: t
 def examples(count: int) -> list[tuple[Image.Image, Question]]:
     """The same few pictures of the test split every time, each with a question."""
     rng = np.random.default_rng(0)
-    scenes = [scene_in("test", rng) for _ in range(count)]
+    scenes = (scene_in("test", rng) for _ in range(count))
     return [(draw(scene, rng), ask_several(scene, 1, rng)[0]) for scene in scenes]
 
 
