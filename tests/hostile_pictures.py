@@ -38,5 +38,6 @@ HOSTILE = {
     "bomb.png": (lambda: png(60_000, 60_000, pixels=bytes(50_000_000)), "3600000000 pixels"),
     "text-bomb.png": (text_bomb, "is no whole picture"),
     "cut.png": (lambda: png(64, 64, pixels=bytes(300)), "is no whole picture"),
+    "unusual.ppm": (lambda: b"P6 1 1 255\n\0\0\0", "is no whole picture"),
     "program.eps": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage", "is no whole"),
 }

@@ -4,6 +4,7 @@ import itertools
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -80,6 +81,17 @@ def test_a_later_question_is_asked_with_all_that_was_said(opened, scenes, monkey
         "<|im_start|>user\nsecond?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert (ids == opened[0].image_token_id).sum() == opened[0].tokens_per_image
+
+
+def test_the_space_in_front_of_an_answer_is_not_shown(opened, scenes, monkeypatch):
+    def generate(streamer, **_):
+        streamer.put(torch.tensor([[0]]))  # the prompt
+        for token in opened[1].tokenizer(" red  circle").input_ids:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+
+    monkeypatch.setattr(opened[0].model, "generate", generate)
+    assert said(opened, scenes[0][0], DESCRIBE) == "red  circle"
 
 
 def test_a_reader_who_leaves_stops_the_model(opened, scenes, monkeypatch):
@@ -188,9 +200,9 @@ def test_what_is_wrong_is_said_in_one_line(command, scenes, tmp_path):
 
 
 def test_lines_of_a_pipe_are_answered_line_by_line_until_an_empty_one(opened, scenes):
-    picture, question, truth = scenes[0]
-    second = said(opened, picture, question, truth, question)
-    assert second != truth  # what was said before counts
+    asked_twice = ((row, said(opened, row[0], row[1], row[2], row[1])) for row in scenes)
+    # Where what was said before counts, so that forgetting it would show.
+    (picture, question, truth), second = next((row, again) for row, again in asked_twice if again != row[2])
     lines = f"{question}\n{question}\n\n{question}\n"
     done = subprocess.run([*CHAT, TRAINED, picture], input=lines, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{truth}\n{second}\n", "")
@@ -217,6 +229,14 @@ class Terminal:
     def type(self, text):
         os.write(self.screen, text.encode())
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.pid:  # left behind by a test that failed
+            os.kill(self.pid, signal.SIGKILL)
+            self.close()
+
     def close(self):
         """The exit code, and what was shown last."""
         try:
@@ -225,26 +245,27 @@ class Terminal:
         except OSError:  # how Linux says that the other end is closed
             pass
         os.close(self.screen)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), self.shown
+        pid, self.pid = self.pid, 0
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), self.shown
 
 
 def test_on_a_terminal_there_is_a_prompt_and_quit_ends(opened, scenes):
     picture, question, truth = scenes[0]
-    terminal = Terminal([*CHAT, TRAINED, picture])
-    assert "an empty line or /quit ends" in terminal.wait_for("> ")
-    for words in (truth, said(opened, picture, question, truth, question)):
-        terminal.type(question + "\n")
-        assert terminal.wait_for("\r\n").strip() == question  # the terminal's echo
-        assert terminal.wait_for("> ") == f"{words}\r\n> "
-    terminal.type("/quit\n")
-    assert terminal.close() == (0, "/quit\r\n")
+    with Terminal([*CHAT, TRAINED, picture]) as terminal:
+        assert "an empty line or /quit ends" in terminal.wait_for("> ")
+        for words in (truth, said(opened, picture, question, truth, question)):
+            terminal.type(question + "\n")
+            assert terminal.wait_for("\r\n").strip() == question  # the terminal's echo
+            assert terminal.wait_for("> ") == f"{words}\r\n> "
+        terminal.type("/quit\n")
+        assert terminal.close() == (0, "/quit\r\n")
 
 
 def test_control_c_ends_with_130_and_without_a_traceback(scenes):
-    terminal = Terminal([*CHAT, TRAINED, scenes[0][0]])
-    terminal.wait_for("> ")
-    terminal.type("\x03")
-    code, shown = terminal.close()
+    with Terminal([*CHAT, TRAINED, scenes[0][0]]) as terminal:
+        terminal.wait_for("> ")
+        terminal.type("\x03")
+        code, shown = terminal.close()
     assert code == 130
     assert "Traceback" not in shown
     assert "checkpoint" not in shown

@@ -93,12 +93,10 @@ def test_both_models_answer_token_by_token_with_their_speed(client, scene):
     assert last[0]["value"] == truth
     assert last[1]["value"] != truth
     for update in last:
-        words = update["info"].split()
-        assert words[1:6] == ["s", "to", "the", "first", "token,"]
-        assert float(words[0]) > 0
-        assert int(words[6]) >= 2
-        assert float(words[8]) > 0
-        assert words[9] == "tokens/s"
+        first, tokens, rate = re.fullmatch(r"(\S+) s to first token, (\d+) tokens, (\d+)/s", update["info"]).groups()
+        assert float(first) > 0
+        assert int(tokens) >= 2
+        assert int(rate) > 0
     seen = [tuple(update["value"] for update in output) for output in job.outputs()]
     assert len(seen) >= 4
     assert (truth, "") in seen  # one model after the other
@@ -228,7 +226,7 @@ def test_a_person_uploads_asks_and_reads_two_answers(browser, page, scene):
     seen.until(lambda: seen.answers[0].get_attribute("value") == truth)
     seen.until(lambda: seen.answers[1].get_attribute("value"))
     text = browser.find_element("css selector", "body").text
-    assert text.count("s to the first token, ") == 2
+    assert text.count("s to first token, ") == 2
     assert str(TRAINED) in text
     assert seen.message() == ""
 
@@ -236,7 +234,7 @@ def test_a_person_uploads_asks_and_reads_two_answers(browser, page, scene):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*HOSTILE, "large.png"])
 def test_a_person_who_uploads_a_hostile_file_reads_why_not(browser, page, hostile, name):
-    if name == "program.eps":
+    if name.endswith((".eps", ".ppm")):
         pytest.skip("the page's file dialog takes no such file")
     seen = Page(browser, page)
     seen.choose(hostile[name])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -339,4 +339,4 @@ def test_a_hub_that_refuses_is_named_with_what_to_do(tmp_path):
     with pytest.raises(UserError, match=r"'me/model': no token.* is whole; try `hf auth login`.*hf upload me/model"):
         push_folder(tmp_path, "me/model", Hub(OSError("no token")))
     with pytest.raises(UserError, match="cannot push to 'not/a/name'"):
-        push_folder(tmp_path, "not/a/name")  # refused by the client itself, without a network
+        push_folder(tmp_path, "not/a/name", HfApi())  # refused by the client itself, without a network

@@ -164,11 +164,13 @@ def export(
     push: Annotated[str | None, typer.Option(help="OWNER/NAME on a hub, private where it is new.")] = None,
 ) -> None:
     """Write a trained model as a plain transformers folder with a model card, its logits compared before and after."""
+    from huggingface_hub import HfApi
+
     from llavakd.export import export_model, push_folder
 
     print(export_model(model, target, dtype=dtype, license=license))  # noqa: T201
     if push:
-        print(push_folder(target, push))  # noqa: T201
+        print(push_folder(target, push, HfApi()))  # noqa: T201
 
 
 @app.command()

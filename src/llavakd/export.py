@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import HfApi
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
 from llavakd.data.samples import IMAGE_TAG
@@ -26,9 +25,9 @@ Opened = tuple[VisionLanguageModel, Any]
 
 
 def open_model(given: str, *, as_stored: bool = False) -> Opened:
-    """A run's last finished stage, a stage, a LLaVA folder or a hub name -> the model and its stock processor.
+    """A run (its last finished stage), a stage, a LLaVA folder or a hub name -> the model and its stock processor.
 
-    On the CPU it computes in float32 unless `as_stored`. Raises UserError.
+    Unless `as_stored`, it computes in float32 on a CPU and makes pixels as training did. Raises UserError.
     """
     disable_progress_bar()
     ledger = Path(given) / "pipeline.json"
@@ -45,15 +44,16 @@ def open_model(given: str, *, as_stored: bool = False) -> Opened:
     student = load_student(folder, dtype="auto" if gpu or as_stored else torch.float32)
     student.model.to("cuda" if gpu else "cpu").eval()
     processor = load(AutoProcessor, folder)
-    processor.image_processor = student.image_processor  # the pixels of training, with torchvision or without
+    if not as_stored:
+        processor.image_processor = student.image_processor  # the stock one depends on torchvision
     return student, processor
 
 
 def export_model(given: str, target: Path, *, dtype: str | None = None, license: str = "other") -> str:
     """Write what `given` names (see `open_model`) as a new folder for stock transformers; returns what was done.
 
-    `dtype` is a key of DTYPES; None keeps the stored one, and then the logits are equal bit for bit. `license` is for the
-    card, as the hub spells it. Raises UserError, and leaves nothing, where what was written computes something else.
+    `dtype` is a key of DTYPES; None keeps the stored one, and then the logits are equal bit for bit. `license` is the
+    card's. Raises UserError, and leaves nothing, where what was written computes something else.
     """
     target = target.resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -71,7 +71,7 @@ def export_model(given: str, target: Path, *, dtype: str | None = None, license:
         save_model(student, partial, template=None)
         for weights in partial.glob("*.safetensors"):  # written for their owner alone
             weights.chmod((partial / "config.json").stat().st_mode)
-        stock = LlavaForConditionalGeneration.from_pretrained(partial).to(model.device).eval()
+        stock = type(model).from_pretrained(partial).to(model.device).eval()
         new = _logits(stock, AutoProcessor.from_pretrained(partial))
         difference = ((old - new).abs().max() / old.abs().max()).item()
         agreement = (old.argmax(-1) == new.argmax(-1)).float().mean().item()
@@ -90,10 +90,9 @@ def export_model(given: str, target: Path, *, dtype: str | None = None, license:
         raise UserError(f"cannot write {target}: {error.strerror or error}; give another folder") from error
 
 
-def push_folder(folder: Path, repository: str, api: Any = None) -> str:
-    """Upload an export to OWNER/NAME, private where it is new; `api` stands in for HfApi. Returns its address."""
+def push_folder(folder: Path, repository: str, api: Any) -> str:
+    """Upload an export to OWNER/NAME, private where it is new, through a huggingface_hub.HfApi; returns its address."""
     try:
-        api = api or HfApi()
         api.create_repo(repository, private=True, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=folder))
     except Exception as error:  # a hub, and the way to it, fail in many ways; none of them undoes the export
