@@ -25,6 +25,9 @@ MAY_NOT_IMPORT = {
     "shapes": ("models", "train", "evaluate", "report", "pipeline", "cli"),
     "pipeline": ("cli",),
     "plan": ("cli", "pipeline", "evaluate", "report"),
+    "export": ("cli", "pipeline", "evaluate", "report", "chat", "demo"),
+    "chat": ("cli", "pipeline", "evaluate", "report", "train", "demo"),
+    "demo": ("cli", "pipeline", "evaluate", "report", "train"),
 }
 
 

@@ -215,6 +215,50 @@ def convert(
     print(convert_checkpoint(source, target, tokenizer=tokenizer, vision_tower=vision_tower))  # noqa: T201
 
 
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A run, one of its stages, or a LLaVA folder.")],
+    target: Annotated[Path, typer.Argument(help="A new or empty folder.")],
+    dtype: Annotated[Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="Default: as stored.")] = None,
+    license: Annotated[str, typer.Option(help="For the model card, as the hub spells it.")] = "other",
+    push: Annotated[str | None, typer.Option(help="OWNER/NAME on a hub, private where it is new.")] = None,
+) -> None:
+    """Write a trained model as a plain transformers folder with a model card, its logits compared before and after."""
+    from huggingface_hub import HfApi
+
+    from llavakd.export import export_model, push_folder
+
+    print(export_model(model, target, dtype=dtype, license=license))  # noqa: T201
+    if push:
+        print(push_folder(target, push, HfApi()))  # noqa: T201
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="A run, one of its stages, or a LLaVA folder.")],
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    question: Annotated[str | None, typer.Argument(help="Without one, questions are read line by line.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
+) -> None:
+    """Ask a model about a picture."""
+    from llavakd.chat import ask_about
+
+    ask_about(model, image, question, max_new_tokens=max_new_tokens)
+
+
+@app.command()
+def demo(
+    models: Annotated[list[str], typer.Argument(help="Up to three runs, stages or LLaVA folders.")],
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Where the page is served.")] = 7860,
+    max_upload: Annotated[int, typer.Option(min=1, help="Largest picture file in MiB.")] = 10,
+) -> None:
+    """Serve a page on which up to three models answer the same question side by side."""
+    from llavakd.demo import run_demo
+
+    run_demo(models, host=host, port=port, max_upload=max_upload)
+
+
 def _show(template: str, **content: Any) -> None:
     """A Markdown template, drawn."""
     Console().print(Markdown(render(template, **content)))

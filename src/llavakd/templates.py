@@ -4,7 +4,7 @@ from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, select_autoescape
 
-FOLDERS = ("report", "terminal")
+FOLDERS = ("report", "terminal", "assets")
 
 
 def render(template: str, **content: Any) -> str:

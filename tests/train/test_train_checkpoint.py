@@ -158,3 +158,16 @@ def test_processes_of_one_run_may_write_the_same_small_file_at_once(tmp_path):
         writer.join()
     assert [writer.exitcode for writer in writers] == [0, 0, 0]
     assert (tmp_path / "file").read_text() == "59"
+
+
+def test_a_folder_that_could_not_be_filled_leaves_what_stood_there_and_nothing_else(tmp_path):
+    assert write_folder(tmp_path / "kept", lambda partial: (partial / "old").write_text("old")) == 3
+    with pytest.raises(OSError, match="no more room"):
+        write_folder(tmp_path / "kept", fail_midway)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert (tmp_path / "kept" / "old").read_text() == "old"
+
+
+def fail_midway(partial):
+    (partial / "new").write_text("new")
+    raise OSError("no more room")

@@ -166,7 +166,7 @@ def outline_student(config: StudentConfig) -> VisionLanguageModel:
     return student
 
 
-def load_student(folder: str, *, dtype: torch.dtype = torch.float32) -> VisionLanguageModel:
+def load_student(folder: str, *, dtype: torch.dtype | str = torch.float32) -> VisionLanguageModel:
     """Load a whole LLaVA folder written by this project or by transformers; raises ModelError."""
     whole = outline_folder(folder)
     model = load(type(whole.model), folder, dtype=dtype)
@@ -185,14 +185,15 @@ def outline_folder(folder: str) -> VisionLanguageModel:
 
 
 def save_model(student: VisionLanguageModel, folder: Path, *, template: str | None) -> None:
-    """Write a folder that stock LlavaForConditionalGeneration and AutoProcessor load; `template` sets the chat form."""
+    """Write a folder that stock LlavaForConditionalGeneration and AutoProcessor load; `template` None keeps the chat form."""
     config = student.model.config
     config.architectures = [type(student.model).__name__]
     for part in (config.vision_config, config.text_config):
         part._name_or_path = ""  # where the part lay on this machine is nobody's business
     generation = student.model.generation_config
     generation.pad_token_id = student.tokenizer.pad_token_id
-    generation.eos_token_id = end_token_id(template, student.tokenizer) if template else student.tokenizer.eos_token_id
+    if template:
+        generation.eos_token_id = end_token_id(template, student.tokenizer)
     student.model.save_pretrained(folder)
     LlavaProcessor(
         image_processor=student.image_processor,

@@ -4,6 +4,6 @@ It is small enough to run all three stages of the distillation in minutes on one
 known, and no kind of question can be answered well without looking.
 """
 
-from llavakd.shapes.world import WorldSummary, write_world
+from llavakd.shapes.world import WorldSummary, examples, write_world
 
-__all__ = ["WorldSummary", "write_world"]
+__all__ = ["WorldSummary", "examples", "write_world"]

@@ -10,6 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from llavakd.errors import UserError
 from llavakd.shapes.drawing import draw
@@ -99,6 +100,13 @@ def _work(images: Path, seed: int, noise: float, exams: dict[str, range], place:
         return list(_text_rows(f"text-{index:06d}", rng))
     due = exams[split][index * _EXAM_QUESTIONS :][:_EXAM_QUESTIONS]
     return list(_exam_rows(images / f"{split}-{index:06d}.png", split, due, rng))
+
+
+def examples(count: int) -> list[tuple[Image.Image, Question]]:
+    """The same few pictures of the test split every time, each with a question."""
+    rng = np.random.default_rng(0)
+    scenes = (scene_in("test", rng) for _ in range(count))
+    return [(draw(scene, rng), ask_several(scene, 1, rng)[0]) for scene in scenes]
 
 
 def write_world(

@@ -20,12 +20,16 @@ from llavakd.progress import say
 _MANIFEST = "manifest.json"
 
 
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write into a fresh folder and move it to `folder` in one rename, replacing what stood there."""
+def write_folder(folder: Path, fill: Callable[[Path], Any]) -> Any:
+    """Let `fill` write into a fresh folder, move it to `folder` in one rename, and return what `fill` did."""
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    fill(partial)
+    try:
+        done = fill(partial)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     for path in files:
         _flush(path)
@@ -33,6 +37,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(folder)
     partial.rename(folder)
     _flush(folder.parent)
+    return done
 
 
 def write_text(path: Path, text: str) -> None:
