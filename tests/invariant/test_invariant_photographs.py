@@ -92,3 +92,15 @@ def test_the_student_answers_a_file_of_questions_about_them(photographs, trained
     row = json.loads(done.out)
     assert row["n"] == 10
     assert row["majority"] == 0.9
+
+
+def test_the_student_is_exported_and_answers_about_one_photograph(photographs, trained, command, tmp_path):
+    done = command("export", trained, tmp_path / "plain")
+    assert done.code == 0, done.err
+    assert "logits equal bit for bit" in done.out
+    said = [
+        command("chat", model, photographs / "astronaut.png", "Who is it?", "--max-new-tokens", 5)
+        for model in (trained, tmp_path / "plain")
+    ]
+    assert [one.code for one in said] == [0, 0], said[0].err + said[1].err
+    assert said[0].out == said[1].out
