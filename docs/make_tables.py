@@ -1,0 +1,168 @@
+"""Put the figures of benchmarks/results into the pages, between `<!-- table: NAME -->` and `<!-- end -->`.
+
+python docs/make_tables.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parent
+RESULTS = DOCS.parent / "benchmarks" / "results"
+PLACE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def read(name: str) -> Any:
+    """A results file."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
+    """A Markdown table; all but the first columns are figures."""
+    rule = ["---"] * text_columns + ["--:"] * (len(header) - text_columns)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *rows))
+
+
+def measured(environment: dict[str, str]) -> str:
+    """Where and with what."""
+    rest = ", ".join(f"{key} {value}" for key, value in environment.items() if key not in ("device", "processes"))
+    return f"Measured on {environment['device']}; {rest}.\n\n"
+
+
+def quickstart() -> str:
+    """Accuracy of the built-in run."""
+    names = {"pt-sft-sft": "`pt-sft-sft`, the equal-step control", "dpt-sft-dft": "`dpt-sft-dft`"}
+    rows = sorted(read("quickstart")["rows"], key=lambda row: ["teacher", *names].index(row["name"]))
+    return table(
+        ["", "right"],
+        ([names.get(row["name"], row["name"]), f"{row['accuracy']:.1%}".replace("%", " %")] for row in rows),
+    )
+
+
+def quickstart_cost() -> str:
+    """Seconds of the built-in run."""
+    told = read("quickstart")
+    rows = [(f"training of `{row['name']}`", row) for row in told["rows"] if row["train_seconds"]]
+    lines = [(name, f"{row['train_seconds']:.0f}", f"{row['steps']}", f"{row['tokens']:,}") for name, row in rows]
+    lines.append(("the whole command", f"{told['command_seconds']}", "", ""))
+    return measured(told["environment"]) + table(["", "seconds", "steps", "tokens"], lines)
+
+
+def losses() -> str:
+    """Time and memory at the largest batch of each pair."""
+    told = read("losses")
+    largest = max(line["rows"] for line in told["speed"])
+    lines = [line for line in told["speed"] if line["rows"] == largest]
+    rows = [(line["pair"], line["name"], *_cost(line)) for line in lines]
+    header = ["pair", f"{largest:,} rows", "ms", "x floor", "GiB beyond"]
+    return measured(told["environment"]) + table(header, rows, text_columns=2)
+
+
+def _cost(line: dict[str, Any]) -> tuple[str, str, str]:
+    if "failed" in line:
+        return line["failed"], "", ""
+    return (
+        f"{line['ms']:.1f}",
+        f"{line['to_floor']:.2f}",
+        "" if line["extra_gib"] is None else f"{line['extra_gib']:.2f}",
+    )
+
+
+def errors() -> str:
+    """Error of the gradients."""
+    rows = [
+        (
+            line["pair"],
+            line["name"],
+            f"{line['kl']:.4f}",
+            f"{line['hidden_error']:.2%}",
+            f"{line['head_error']:.2%}",
+        )
+        for line in read("losses")["errors"]
+    ]
+    return table(["pair", "", "KL", "to hidden states", "to the head"], rows, text_columns=2)
+
+
+def gpu_tests() -> str:
+    """Outcomes by file."""
+    told = read("gpu_tests")
+    found = Counter((test.partition("::")[0], result["outcome"]) for test, result in told["tests"].items())
+    rows = [(f"`{file}`", outcome, str(count)) for (file, outcome), count in sorted(found.items())]
+    return measured(told["environment"]) + table(["file", "outcome", "tests"], rows, text_columns=2)
+
+
+def plan() -> str:
+    """Estimated hours by recipe and stage."""
+    told = read("plan_llava_kd")["hours"]
+    gpus = list(next(iter(told.values())))
+    rows = [
+        (f"`{name}`", _stages(hours[gpus[0]]), *(f"{sum(hours[gpu].values()):.0f}" for gpu in gpus))
+        for name, hours in told.items()
+    ]
+    return table(["recipe", f"by stage, {gpus[0]}", *(f"in all, {gpu}" for gpu in gpus)], rows, text_columns=2)
+
+
+def _stages(hours: dict[str, float]) -> str:
+    return ", ".join(f"{stage} {value:.1f}" for stage, value in hours.items())
+
+
+def sweep() -> str:
+    """Accuracy of every seed beside the control's, by setting and weights."""
+    found: dict[tuple[float, ...], dict[str, dict[int, float]]] = {}
+    for run in read("world_sweep")["runs"]:
+        setting = found.setdefault((-run["noise"], run["scenes"], run["epochs"]), {})
+        setting.setdefault(run["weights"], {})[run["seed"]] = run["accuracy"]
+    rows = [
+        (f"{scenes:,}", f"{epochs:g}", f"{-100 * noise:.0f} %", weights, *_beside(scores, setting["control"]))
+        for (noise, scenes, epochs), setting in sorted(found.items())
+        for weights, scores in setting.items()
+        if weights != "control"
+    ]
+    header = ["scenes", "epochs", "wrong answers", "weights", "control", "distilled", "difference"]
+    return table(header, rows, text_columns=0)
+
+
+def _beside(scores: dict[int, float], control: dict[int, float]) -> Iterator[str]:
+    """Control, distilled and their difference, seed by seed."""
+    for form, values in (
+        (".1f", [control[seed] for seed in sorted(scores)]),
+        (".1f", [scores[seed] for seed in sorted(scores)]),
+        ("+.1f", [scores[seed] - control[seed] for seed in sorted(scores)]),
+    ):
+        yield ", ".join(f"{100 * value:{form}}" for value in values)
+
+
+def nlvr() -> str:
+    """Accuracy beside the majority answer's."""
+    rows = [
+        (row["name"], *(f"{100 * row[key]:.1f}" for key in ("accuracy", "majority")), f"{row['n']:,}")
+        for row in read("nlvr_full")["rows"]
+    ]
+    return table(["", "right, %", "most frequent answer, %", "questions"], rows)
+
+
+TABLES = {
+    "quickstart": quickstart,
+    "quickstart cost": quickstart_cost,
+    "losses": losses,
+    "errors": errors,
+    "gpu tests": gpu_tests,
+    "plan": plan,
+    "sweep": sweep,
+    "nlvr": nlvr,
+}
+
+
+def filled(text: str) -> str:
+    """A page with every table made anew."""
+    return PLACE.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n{found[3]}", text)
+
+
+if __name__ == "__main__":
+    for page in sorted(DOCS.glob("*.md")):
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
