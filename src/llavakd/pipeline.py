@@ -35,7 +35,6 @@ from llavakd.data.pictures import load_pixels
 from llavakd.data.samples import Samples, load_samples
 from llavakd.errors import UserError
 from llavakd.evaluate import evaluate_model
-from llavakd.evaluate.generate import make_renderer
 from llavakd.models.alignment import Pair, align
 from llavakd.models.student import VisionLanguageModel, build_student, load_student, save_model, vision_features
 from llavakd.models.teacher import load_teacher
@@ -288,7 +287,7 @@ def _dataset(
             with run.accelerator.main_process_first():
                 store = _feature_store(run, name, student, samples[name])
         data = run.recipe.data[name]
-        renderer = make_renderer(student, data)
+        renderer = student.renderer(data)
         sources.append(Source(samples=samples[name], renderer=renderer, data=data, store=store, weight=weight))
     return RowDataset(
         sources,

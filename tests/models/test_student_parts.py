@@ -1,10 +1,11 @@
 """Which towers and language models stock Llava can hold, and that a student of them is what stock classes load."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from model_parts import write_language_model, write_tower
+from model_parts import write_language_model, write_tokenizer, write_tower
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
@@ -188,8 +189,12 @@ def test_pad_centres_a_picture_on_a_square_of_the_mean_colour(part, tmp_path, si
         torch.testing.assert_close(got, wanted, atol=0.02, rtol=0)
 
 
-def test_an_outline_is_the_student_without_its_weights(part):
-    config = StudentConfig(vision_tower=part("tower", "clip"), language_model=part("text", "qwen2-tied"))
+@pytest.mark.parametrize("full", [False, True], ids=["free rows", "no free row"])
+def test_an_outline_is_the_student_without_its_weights(part, tmp_path, full):
+    text = part("text", "qwen2-tied")
+    if full:
+        text = str(write_tokenizer(shutil.copytree(text, tmp_path / "full"), words="abcdefghijklmn"))
+    config = StudentConfig(vision_tower=part("tower", "clip"), language_model=text)
     outline, student = outline_student(config), build_student(config, seed=0)
     assert all(weight.is_meta for weight in outline.model.parameters())
     shapes = [
