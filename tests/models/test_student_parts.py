@@ -123,6 +123,23 @@ def test_a_processor_that_makes_another_size_than_the_tower_takes_is_refused(par
         build_student(StudentConfig(vision_tower=str(folder), language_model=part("text", "qwen2")), seed=0)
 
 
+def test_a_processor_written_before_processors_had_their_name_is_known(part, tmp_path):
+    """As openai/clip-vit-large-patch14-336 has it: another key, the old name, and sizes that are numbers."""
+    folder, mean = write_tower(tmp_path / "tower", "clip"), [0.48145466, 0.4578275, 0.40821073]
+    flags = dict.fromkeys(("do_center_crop", "do_normalize", "do_resize"), True)
+    old = {"feature_extractor_type": "CLIPFeatureExtractor", "crop_size": 16, "size": 20, "resample": 3}
+    file = folder / "preprocessor_config.json"
+    new = json.loads(file.read_text())
+    file.write_text(json.dumps(flags | old | {"image_mean": mean, "image_std": new["image_std"]}))
+    student = build_student(StudentConfig(vision_tower=str(folder), language_model=part("text", "qwen2")), seed=0)
+    picture = Image.effect_noise((40, 30), 90).convert("RGB")
+    pixels, wanted = (
+        one.image_processor(images=[picture], return_tensors="pt").pixel_values
+        for one in (student, build(part, tower="clip"))
+    )
+    assert torch.equal(pixels, wanted)
+
+
 def test_a_linear_projector_is_one_matrix_and_stays_one(part, tmp_path):
     student = build(part, projector="linear")
     save_model(student, tmp_path, template=None)

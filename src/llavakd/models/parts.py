@@ -63,7 +63,8 @@ def load_image_processor(source: str, *, mode: str = "square") -> Any:
         settings, _ = transformers.LlavaImageProcessorPil.get_image_processor_dict(source)
     except OSError as error:
         raise ModelError(f"{source} has no preprocessor_config.json; copy the vision tower's own into it") from error
-    kind = str(settings.pop("image_processor_type", "")).removesuffix("Fast").removesuffix("Pil")
+    old = settings.pop("feature_extractor_type", "").replace("FeatureExtractor", "ImageProcessor")  # OpenAI's CLIP
+    kind = settings.pop("image_processor_type", old).removesuffix("Fast").removesuffix("Pil")
     if kind not in IMAGE_PROCESSORS:
         raise ModelError(f"{source}: image processor {kind!r} is not known; known: {', '.join(IMAGE_PROCESSORS)}")
     processor = IMAGE_PROCESSORS[kind](**settings)
