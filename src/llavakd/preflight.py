@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llavakd.config import DataConfig, Recipe, resolve_paths
-from llavakd.data.check import Reader, check_source, render_each
+from llavakd.data.check import Reader, check_source
 from llavakd.data.files import DataError
 from llavakd.data.samples import Samples, too_many
 from llavakd.models.alignment import align
@@ -48,7 +48,7 @@ def check_before_training(recipe: Recipe, samples: Mapping[str, Samples]) -> Non
         for mistake in samples[name].mistakes:
             say(f"left out: {mistake}")
         tried = samples[name][:: max(1, len(samples[name]) // _TRIED)]
-        found = render_each(student.renderer(recipe.data[name]), tried)
+        found = student.renderer(recipe.data[name]).render_each(tried)
         wrong = [str(one) for one in found if isinstance(one, DataError)]
         if len(wrong) > recipe.max_bad_rows * len(tried):
             raise too_many(wrong, len(wrong), len(tried), recipe.max_bad_rows)
