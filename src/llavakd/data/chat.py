@@ -27,23 +27,20 @@ class Segment(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """How turns become text. A row is system, then per round: before + tags + question + after_question, then answer.
+    """How turns become text: `system`, then in turn `question` and `answer` + `end` (both supervised) + `after_answer`.
 
-    The supervised part of a round is `before_answer` + answer + `end`.
+    picture: what stands for each of `{pictures}` in `question`; pretrain's has no `{text}`.
+    end: None is the tokenizer's end-of-sequence token.
+    jinja: the same layout for stock transformers (`apply_chat_template`).
     """
 
     system: str
-    before_question: str
-    tag: str
-    """Text of one picture in front of the question."""
-    keeps_question: bool
-    after_question: str
-    before_answer: str
+    picture: str
+    question: str
+    answer: str
     end: str | None
-    """Closing text of an answer, supervised; None: the tokenizer's end-of-sequence token."""
     after_answer: str
     jinja: str | None
-    """The same layout for stock transformers (`apply_chat_template`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,20 +112,22 @@ class ChatRenderer:
         return self._lay_out(sample, pieces, self._encode([text for text, _ in pieces])).ids
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False).input_ids if texts else []  # it cannot take no text
+        options = {"add_special_tokens": False, "return_attention_mask": False}
+        return self.tokenizer(texts, **options).input_ids if texts else []  # it cannot take no text
 
     def _pieces(self, turns: Sequence[Turn]) -> list[tuple[str, Segment]]:
         """Text in order, whole wherever no label boundary lies; pictures are pieces of IMAGE_TAGs."""
         form, pieces = self._form, [(self._form.system, Segment.PROMPT)]
         for turn in turns:
             if turn.role == "user":
-                tag = [(IMAGE_TAG, Segment.VISUAL), (form.tag.removeprefix(IMAGE_TAG), Segment.PROMPT)]
-                question = (turn.text if form.keeps_question else "") + form.after_question
-                pieces += [(form.before_question, Segment.PROMPT), *tag * turn.images, (question, Segment.PROMPT)]
+                before, _, after = form.question.partition("{pictures}")
+                picture = [(IMAGE_TAG, Segment.VISUAL), (form.picture.removeprefix(IMAGE_TAG), Segment.PROMPT)]
+                question = (after.format(text=turn.text), Segment.PROMPT)
+                pieces += [(before, Segment.PROMPT), *picture * turn.images, question]
             else:
                 end = self.tokenizer.eos_token if form.end is None else form.end
                 pieces += [
-                    (form.before_answer + turn.text + end, Segment.RESPONSE),
+                    (form.answer.format(text=turn.text) + end, Segment.RESPONSE),
                     (form.after_answer, Segment.PROMPT),
                 ]
         runs = itertools.groupby((piece for piece in pieces if piece[0]), key=lambda piece: piece[1])
@@ -136,14 +135,13 @@ class ChatRenderer:
 
     def _lay_out(self, sample: Sample, pieces: list[tuple[str, Segment]], encoded: list[list[int]]) -> Rendered:
         """The row from its pieces and what the tokenizer made of each."""
-        if not self._form.keeps_question and (len(sample.turns) > 2 or not sample.turns[0].images):
+        if "{text}" not in self._form.question and (len(sample.turns) > 2 or not sample.turns[0].images):
             raise DataError(
                 f"row {sample.id!r}: the pretrain template is for a picture and its caption, got {len(sample.turns)} "
                 f"turns and {sample.turns[0].images} picture(s); use vicuna_v1 or chatml for this source"
             )
-        ids, labels = list(self._prefix), [IGNORE_INDEX] * len(self._prefix)
-        segments = [int(Segment.PROMPT)] * len(ids)
-        for (text, kind), piece in zip(pieces, encoded, strict=True):
+        ids, labels, segments = list[int](), list[int](), list[int]()
+        for (text, kind), piece in zip([("", Segment.PROMPT), *pieces], [self._prefix, *encoded], strict=True):
             if kind == Segment.VISUAL:
                 piece = [self.image_token_id] * self.tokens_per_image * text.count(IMAGE_TAG)
             elif self.image_token_id in piece:
@@ -154,18 +152,19 @@ class ChatRenderer:
         return Rendered(ids=ids, labels=labels, segments=segments)
 
     def _cut(self, whole: Rendered, row: str) -> Rendered:
-        length, kept = len(whole.ids), slice(self.max_length)
-        if Segment.VISUAL in whole.segments[self.max_length :]:
+        limit, length = self.max_length, len(whole.ids)
+        if Segment.VISUAL in whole.segments[limit:]:
             raise DataError(
-                f"row {row!r}: {length} tokens, and max_length {self.max_length} cuts through a picture; raise "
-                "max_length or shorten the row"
+                f"row {row!r}: {length} tokens, and max_length {limit} cuts through a picture; raise it or shorten the row"
             )
-        if Segment.RESPONSE not in whole.segments[kept]:
+        if Segment.RESPONSE not in whole.segments[:limit]:
             raise DataError(
-                f"row {row!r}: no token to learn from within max_length {self.max_length}; raise it or remove the row"
+                f"row {row!r}: no token to learn from within max_length {limit}; raise it or remove the row"
             )
-        ids, labels, segments = whole.ids[kept], whole.labels[kept], whole.segments[kept]
-        return Rendered(ids=ids, labels=labels, segments=segments, truncated=length > self.max_length)
+        if length <= limit:
+            return whole
+        ids, labels, segments = whole.ids[:limit], whole.labels[:limit], whole.segments[:limit]
+        return Rendered(ids=ids, labels=labels, segments=segments, truncated=True)
 
 
 def end_token_id(template: str, tokenizer: PreTrainedTokenizerBase) -> int:

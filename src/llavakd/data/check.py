@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,8 +73,9 @@ def check_source(
     first: dict[int, int] = {}  # the first row of each digest
     tokens: list[list[int]] = []
     good: list[int] = []
-    done = 0
-    for looks in _in_parallel(_Chunks(samples, data, readers, fast), workers or os.cpu_count() or 1):
+    done, workers = 0, min(workers or os.cpu_count() or 1, len(samples) // _CHUNK + 1)
+    options: dict[str, Any] = {"num_workers": workers if workers > 1 else 0, "worker_init_fn": _alone}
+    for looks in DataLoader(_Looks(samples, data, readers, fast), batch_size=_CHUNK, collate_fn=list, **options):
         for index, look in enumerate(looks, done):
             if (same := first.setdefault(look.digest, index)) != index:
                 look.wrong["duplicate"] = f"the same as row {samples[same].id!r}"
@@ -96,8 +96,8 @@ def check_source(
 
 
 @dataclass(frozen=True)
-class _Chunks(Dataset[list[Look]]):
-    """The rows of a source, some hundreds at a time, as they are seen."""
+class _Looks(Dataset[Look]):
+    """The rows of a source as they are seen."""
 
     samples: Samples
     data: DataConfig
@@ -105,10 +105,10 @@ class _Chunks(Dataset[list[Look]]):
     fast: bool
 
     def __len__(self) -> int:
-        return math.ceil(len(self.samples) / _CHUNK)
+        return len(self.samples)
 
-    def __getitem__(self, number: int) -> list[Look]:
-        chunk: list[Sample] = self.samples[number * _CHUNK : (number + 1) * _CHUNK]
+    def __getitems__(self, indices: Sequence[int]) -> list[Look]:
+        chunk = [self.samples[index] for index in indices]
         looks = [Look(_digest(sample), [], {}) for sample in chunk]
         for reader in self.readers:
             for look, text in zip(looks, reader.renderer.render_each(chunk), strict=True):
@@ -129,12 +129,6 @@ class _Chunks(Dataset[list[Look]]):
         return looks
 
 
-def _in_parallel(chunks: _Chunks, workers: int) -> Iterable[list[Look]]:
-    """The chunks in order, from processes of their own where that pays."""
-    count = min(workers, len(chunks)) if workers > 1 else 0
-    return DataLoader(chunks, batch_size=None, collate_fn=list, num_workers=count, worker_init_fn=_alone)
-
-
 def _alone(worker: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken by other workers
 
@@ -145,11 +139,11 @@ def _digest(sample: Sample) -> int:
 
 
 def _histogram(tokens: np.ndarray) -> dict[str, dict[str, float]]:
-    names = [segment.name.lower() for segment in _SEGMENTS]
-    rows = [tokens.mean(0), np.median(tokens, 0), np.percentile(tokens, 95, 0), tokens.max(0)]
-    labels = ("mean", "median", "95 %", "largest")
+    columns = {"mean": tokens.mean(0), "median": np.median(tokens, 0)}
+    columns |= {"95 %": np.percentile(tokens, 95, 0), "largest": tokens.max(0)}
     return {
-        name: dict(zip(labels, map(float, values), strict=True)) for name, *values in zip(names, *rows, strict=True)
+        segment.name.lower(): {label: float(values[index]) for label, values in columns.items()}
+        for index, segment in enumerate(_SEGMENTS)
     }
 
 
