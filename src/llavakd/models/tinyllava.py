@@ -23,15 +23,20 @@ from llavakd.models import parts
 from llavakd.models.parts import ModelError
 from llavakd.models.student import VisionLanguageModel, outline, save_model
 
-# Config keys of TinyLLaVA and of LLaVA-1.5.
-_KEYS = ("vision_model_name_or_path", "connector_type", "vision_feature_layer", "vision_feature_select_strategy")
-_MM_KEYS = ("mm_vision_tower", "mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature")
 # Head, language model, tower and projector as transformers, TinyLLaVA and LLaVA-1.5 spell them.
 _PARTS = ("lm_head.", "model.language_model.", "model.vision_tower.", "model.multi_modal_projector.")
 _TINY = ("language_model.lm_head.", "language_model.model.", "vision_tower._vision_tower.", "connector._connector.")
 _LLAVA = ("lm_head.", "model.", "model.vision_tower.vision_tower.", "model.mm_projector.")
 _CONNECTORS = {"mlp2x_gelu": {"linear_1.": "0.", "linear_2.": "2."}, "linear": {"linear_1.": ""}}
 _STRATEGIES = {"patch": "default", "cls_patch": "full"}
+# Keys of config.json in TinyLLaVA: the same in LLaVA-1.5, the default, and what can be converted.
+_SETTINGS: dict[str, tuple[str, Any, Any]] = {
+    "connector_type": ("mm_projector_type", "linear", tuple(_CONNECTORS)),
+    "vision_feature_layer": ("mm_vision_select_layer", -2, range(-99, 100)),
+    "vision_feature_select_strategy": ("mm_vision_select_feature", "patch", tuple(_STRATEGIES)),
+    "image_aspect_ratio": ("image_aspect_ratio", "square", ("square", "pad")),
+    "mm_use_im_start_end": ("mm_use_im_start_end", False, (False,)),
+}
 # Buffers that old versions saved, and SigLIP's pooling head, which no feature passes.
 _UNUSED = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$|vision_tower\.(vision_model\.)?head\.")
 
@@ -76,27 +81,22 @@ def convert(source: Path, target: Path, *, tokenizer: str | None = None, vision_
 def _read_config(source: Path) -> dict[str, Any]:
     """config.json in TinyLLaVA's words, of a kind that stock Llava can hold."""
     config = _read_json(source / "config.json")
-    spelled = dict(zip(_KEYS, _MM_KEYS, strict=True)) if "mm_vision_tower" in config else {}
-    if not ("connector_type" in config or (spelled and config.get("model_type") in ("llava", "llava_llama"))):
+    original = "mm_vision_tower" in config
+    if not ("connector_type" in config or (original and config.get("model_type") in ("llava", "llava_llama"))):
         raise ModelError(
             f"{source}: model_type {config.get('model_type')!r} in config.json without connector_type (TinyLLaVA, LLaVA-KD) "
             "is not a Llama with mm_vision_tower (LLaVA-1.5); only these are converted"
         )
-    if spelled:  # a LLaVA-1.5 config is a Llama's with more keys
+    if original:  # a LLaVA-1.5 config is a Llama's with more keys
         fields = {*AutoConfig.for_model("llama").to_dict(), "rope_theta", "rope_scaling"}
-        text = {key: value for key, value in config.items() if key in fields} | {"architectures": None}
-        config["text_config"] = text | {"model_type": "llama"}
-        config |= {ours: config.get(theirs) for ours, theirs in spelled.items()}
-    for key, default, known in (
-        ("connector_type", "linear" if spelled else None, tuple(_CONNECTORS)),
-        ("vision_feature_layer", -2, range(-99, 100)),
-        ("vision_feature_select_strategy", "patch", tuple(_STRATEGIES)),
-        ("image_aspect_ratio", "square", ("square", "pad")),
-        ("mm_use_im_start_end", False, (False,)),
-    ):
-        config[key] = default if config.get(key) is None else config[key]
+        text = {key: value for key, value in config.items() if key in fields}
+        config["text_config"] = text | {"architectures": None, "model_type": "llama"}
+        config["vision_model_name_or_path"] = config["mm_vision_tower"]
+    for key, (theirs, default, known) in _SETTINGS.items():
+        said = theirs if original else key
+        config[key] = default if config.get(said) is None else config[said]
         if config[key] not in known:
-            raise ModelError(f"{source}: config.json has {spelled.get(key, key)} {config[key]!r}; convertible: {known}")
+            raise ModelError(f"{source}: config.json has {said} {config[key]!r}; convertible: {known}")
     return config
 
 
