@@ -139,11 +139,11 @@ def key_tables() -> Iterator[str]:
 
 def lay_out(template: Template) -> str:
     """A question about a picture and its answer as this template writes them."""
-    question = template.before_question + template.tag + "QUESTION" * template.keeps_question + template.after_question
+    question = template.question.format(pictures=template.picture, text="QUESTION")
     end = "END-OF-SEQUENCE" if template.end is None else template.end
     lines = {
         "given": template.system + question,
-        "answer": template.before_answer + "ANSWER" + end,
+        "answer": template.answer.format(text="ANSWER") + end,
         "then": template.after_answer,
     }
     return "\n".join(f"{label:7}{text!r}" for label, text in lines.items() if text)

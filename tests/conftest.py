@@ -20,6 +20,7 @@ import yaml
 
 if not torch.cuda.is_available():  # kernels run in Triton's interpreter, which must be chosen before triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
+torch.set_num_threads(1)  # threads that wait for each other on a busy machine take minutes over tiny models
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # no test asks a hub; read when first imported
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "shapes"))  # where make_parts.py is
@@ -118,7 +119,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     from llavakd.models.student import build_student, save_model
     from llavakd.shapes import write_world
 
-    torch.set_num_threads(1)  # threads that wait for each other on a busy machine take minutes over tiny models
     root = tmp_path_factory.mktemp("tiny")
     write_world(root / "world", scenes=48, seed=3, test_questions=12)
     parts = root / "parts"

@@ -21,7 +21,6 @@ from llavakd.config import load_recipe, parse_recipe
 from llavakd.data.chat import Segment
 from llavakd.data.collate import Batch, RowDataset, Source
 from llavakd.data.samples import load_samples
-from llavakd.evaluate.generate import make_renderer
 from llavakd.losses import rows as rows_module
 from llavakd.models.alignment import Pair
 from llavakd.models.student import VisionLanguageModel, build_student, final_hidden, student_config, vision_features
@@ -284,7 +283,7 @@ def test_tokens_are_those_of_the_rendered_rows(tiny, command, tmp_path):
     student = build_student(recipe.student, seed=0)
     for index, name in ((0, "pretrain"), (1, "mixed"), (2, "instruct")):
         data, tokens = recipe.data[name], plan["stages"][index]["tokens"]
-        source = Source(samples=load_samples(data), renderer=make_renderer(student, data), data=data)
+        source = Source(samples=load_samples(data), renderer=student.renderer(data), data=data)
         rows = RowDataset([source], image_processor=None)
         texts = [row.text for row in rows.__getitems__(range(len(rows)))]
         assert tokens["rows"] == len(texts)

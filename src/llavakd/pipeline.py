@@ -35,7 +35,6 @@ from llavakd.data.pictures import load_pixels
 from llavakd.data.samples import Samples, load_samples
 from llavakd.errors import UserError
 from llavakd.evaluate import evaluate_model
-from llavakd.evaluate.generate import make_renderer
 from llavakd.models.alignment import Pair, align
 from llavakd.models.student import VisionLanguageModel, build_student, load_student, save_model, vision_features
 from llavakd.models.teacher import load_teacher
@@ -263,7 +262,7 @@ def _dataset(
         samples, data = run.samples[name], run.recipe.data[name]
         with run.accelerator.main_process_first():
             store = _feature_store(run, name, student) if name in pictured else None
-        renderer = make_renderer(student, data)
+        renderer = student.renderer(data)
         sources.append(Source(samples=samples, renderer=renderer, data=data, store=store, weight=weight))
     own = teacher.image_processor if teacher and pair and not pair.shared_pixels else None
     pixels = {"image_processor": student.image_processor, "teacher_processor": own}

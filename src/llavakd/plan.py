@@ -25,7 +25,7 @@ from llavakd.data.chat import ChatRenderer, Segment
 from llavakd.data.samples import IMAGE_TAG, load_samples
 from llavakd.errors import UserError, nearest
 from llavakd.losses.rows import GRADIENT_CHUNKS, rows_at_once
-from llavakd.models.parts import FAMILIES, load_for
+from llavakd.models.parts import FAMILIES, load
 from llavakd.models.student import VisionLanguageModel, final_hidden, outline, student_config, vision_features
 from llavakd.models.teacher import DTYPES
 from llavakd.train.loop import shard_of, total_steps
@@ -75,7 +75,7 @@ def plan_run(
     models = {"student": outline(student_config(recipe.student))}
     assumptions = ["hours are those of bf16, precision is fp32"] if recipe.precision == "fp32" else []
     if recipe.teacher and any(stage.losses.distils for stage in recipe.stages):
-        config = load_for("teacher.path", AutoConfig, recipe.teacher.path)
+        config = load(AutoConfig, recipe.teacher.path, key="teacher.path")
         if (kind := config.model_type) not in FAMILIES:
             known = ", ".join(FAMILIES)
             raise UserError(f"teacher.path: {recipe.teacher.path} holds a {kind!r} model, expected one of {known}")
@@ -271,7 +271,7 @@ def _tokens(
     data = recipe.data[name]
     if Path(data.path).is_file():
         samples = load_samples(data)
-        tokenizer = load_for("student.language_model", AutoTokenizer, recipe.student.language_model)
+        tokenizer = load(AutoTokenizer, recipe.student.language_model, key="student.language_model")
         mark = tokenizer.get_vocab().get(IMAGE_TAG, len(tokenizer))
         lengths = {"tokens_per_image": per_picture, "max_length": data.max_length}
         renderer = ChatRenderer(data.template, tokenizer, image_token_id=mark, **lengths)

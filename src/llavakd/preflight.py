@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from llavakd.config import DataConfig, Recipe, resolve_paths
-from llavakd.data.check import Reader, check_source, render_each
+from llavakd.data.check import Reader, check_source
 from llavakd.data.files import DataError
 from llavakd.data.samples import Samples, too_many
-from llavakd.evaluate.generate import make_renderer
 from llavakd.models.alignment import align
 from llavakd.models.student import VisionLanguageModel, outline_folder, outline_student
 from llavakd.progress import bar, say
@@ -41,7 +40,7 @@ def check_before_training(recipe: Recipe, samples: Mapping[str, Samples]) -> Non
         for mistake in samples[name].mistakes:
             say(f"left out: {mistake}")
         tried = samples[name][:: max(1, len(samples[name]) // _TRIED)]
-        found = render_each(make_renderer(student, recipe.data[name]), tried)
+        found = student.renderer(recipe.data[name]).render_each(tried)
         wrong = [str(one) for one in found if isinstance(one, DataError)]
         if len(wrong) > recipe.max_bad_rows * len(tried):
             raise too_many(wrong, len(wrong), len(tried), recipe.max_bad_rows)
@@ -56,6 +55,6 @@ def check_recipe(recipe: Recipe, out: Path, **options: Any) -> dict[str, dict[st
 
 def check_data(name: str, data: DataConfig, models: list[VisionLanguageModel], **options: Any) -> dict[str, Any]:
     """`check_source` of one source as these models read it, with a bar."""
-    readers = [Reader(make_renderer(model, data), model.image_processor) for model in models]
+    readers = [Reader(model.renderer(data), model.image_processor) for model in models]
     with bar(f"check {name}", 100) as advance:
         return check_source(data, readers, **options, progress=lambda done, total: advance(100 * done // total))

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 import llavakd
 from llavakd.config import DataConfig
 from llavakd.data.chat import ChatRenderer
-from llavakd.data.check import Reader, check_source, render_each
+from llavakd.data.check import Reader, check_source
 from llavakd.data.files import DataError
 from llavakd.data.samples import load_samples
 
@@ -77,7 +77,7 @@ def test_a_second_reader_finds_what_only_it_cannot_read(source, reader):
 
 
 def test_every_row_is_rendered_though_some_cannot_be(source, reader):
-    texts = render_each(reader.renderer, list(load_samples(source, 1.0)))
+    texts = reader.renderer.render_each(list(load_samples(source, 1.0)))
     assert [isinstance(text, DataError) for text in texts] == [False, False, True, False]
 
 

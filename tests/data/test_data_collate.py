@@ -206,6 +206,12 @@ def test_rows_of_several_sources_come_in_the_order_asked_each_in_its_own_form(re
     assert [row.text for row in got[:3]] == wanted
 
 
+def test_a_micro_batch_may_lack_rows_of_a_source(renderer):
+    sources = [Source(samples=numbered(name, 2), renderer=renderer, data=among("nowhere")) for name in "ab"]
+    rows = RowDataset(sources, image_processor=None)
+    assert [row.id for row in rows.__getitems__([3, 2])] == ["b1", "b0"]
+
+
 def test_a_bad_row_is_told_apart_from_its_neighbours(renderer, folder, processor):
     samples = [SAMPLES[0], conversation("lost", "green.png"), SAMPLES[2]]
     batch = collate(dataset(samples, renderer, folder, processor).__getitems__([0, 1, 2]), pad_token_id=END)

@@ -12,7 +12,7 @@ from llavakd.data.pictures import load_pixels
 from llavakd.data.samples import load_samples
 from llavakd.errors import UserError
 from llavakd.evaluate import evaluate_model
-from llavakd.evaluate.generate import generate_answers, make_renderer
+from llavakd.evaluate.generate import generate_answers
 from llavakd.models.teacher import load_teacher
 
 
@@ -28,7 +28,7 @@ def data(tiny):
 
 def say_alone(model, data, sample) -> str:
     """Greedy decoding by hand: one row, no padding, no cache, one forward a token."""
-    ids = make_renderer(model, data).render_prompt(sample)
+    ids = model.renderer(data).render_prompt(sample)
     pixels = load_pixels(data, sample.images, model.image_processor) if sample.images else None
     said: list[int] = []
     end = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -45,7 +45,7 @@ def say_alone(model, data, sample) -> str:
 def test_batched_answers_equal_greedy_decoding_of_each_row_alone(model, data, batch_size):
     samples = [s for count in (0, 1, 2) for s in load_samples(data) if len(s.images) == count]
     samples = samples[::3]
-    lengths = {len(make_renderer(model, data).render_prompt(sample)) for sample in samples}
+    lengths = {len(model.renderer(data).render_prompt(sample)) for sample in samples}
     assert len(lengths) > 4  # padding there is
     answers = generate_answers(model, samples, data, batch_size=batch_size, max_new_tokens=6, label="", shown=False)
     assert [answer.sample for answer in answers] == samples
@@ -99,7 +99,7 @@ def test_evaluation_writes_every_answer_and_scores_what_it_wrote(model, tiny, tm
     gram = np.load(tmp_path / "it" / "gram.npy")
     assert gram.shape == (16, 16)
     pixels = load_pixels(data, samples[0].images, model.image_processor)
-    ids = torch.tensor([make_renderer(model, data).render_prompt(samples[0])])
+    ids = torch.tensor([model.renderer(data).render_prompt(samples[0])])
     with torch.no_grad():
         logits = model.model(input_ids=ids, pixel_values=pixels).logits[ids == model.image_token_id].double()
     np.testing.assert_allclose(gram, logits @ logits.T, rtol=1e-4, atol=1e-3)

@@ -9,7 +9,6 @@ from llavakd.config import DataConfig, StudentConfig, TeacherConfig
 from llavakd.data.pictures import load_pixels
 from llavakd.data.samples import load_samples
 from llavakd.evaluate import compare_segments
-from llavakd.evaluate.generate import make_renderer
 from llavakd.models.alignment import align
 from llavakd.models.student import build_student
 from llavakd.models.teacher import load_teacher
@@ -43,7 +42,7 @@ def by_hand(student, teacher, samples, data) -> dict[str, list[tuple[float, floa
     shared = align(student, teacher).vocab_size
     found = {"response": [], "visual": []}
     for sample in samples:
-        text = make_renderer(student, data).render(sample)
+        text = student.renderer(data).render(sample)
         pixels = load_pixels(data, sample.images, student.image_processor) if sample.images else None
         ids = torch.tensor([text.ids])
         mine = log_probabilities(student, ids, pixels, shared)

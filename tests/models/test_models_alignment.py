@@ -23,7 +23,7 @@ from llavakd.config import LossConfig, StudentConfig, TeacherConfig
 from llavakd.losses import Counts, objective
 from llavakd.models.alignment import AlignmentError, align, shared_vocabulary
 from llavakd.models.student import VisionLanguageModel, build_student, final_hidden, load_student, save_model
-from llavakd.models.teacher import load_teacher, teacher_hidden
+from llavakd.models.teacher import load_teacher
 
 
 def student_of(tiny, **changes):
@@ -229,7 +229,7 @@ def test_a_pair_of_the_true_widths_distils_over_the_shared_ids_only(true_pair):
     labels = ids.where(torch.arange(8) > 5, -100)
     features = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1))
     hidden = final_hidden(student.model, ids, torch.ones_like(ids), visual, features)
-    taught = teacher_hidden(teacher, ids, torch.ones_like(ids), visual, features)
+    taught = final_hidden(teacher.model, ids, torch.ones_like(ids), visual, features)
     weights = LossConfig(ce=1.0, response_kl=1.0, visual_kl=1.0, relation=0.5)
 
     def run():

@@ -23,7 +23,7 @@ from llavakd.config import DataConfig, StudentConfig
 from llavakd.data.chat import Segment
 from llavakd.data.collate import Batch, RowDataset, Source, collate
 from llavakd.data.samples import load_samples
-from llavakd.evaluate.generate import generate_answers, make_renderer
+from llavakd.evaluate.generate import generate_answers
 from llavakd.models.parts import ModelError
 from llavakd.models.student import build_student, final_hidden, load_student, save_model, vision_features
 
@@ -47,7 +47,7 @@ def batch_of(model, tiny, kind: str) -> Batch:
     if kind == "all":
         chosen = [next(s for s in samples if len(s.images) == count) for count in (1, 0, 2, 1)]
     data = mixed_data(tiny)
-    source = Source(samples=chosen, renderer=make_renderer(model, data), data=data)
+    source = Source(samples=chosen, renderer=model.renderer(data), data=data)
     rows = RowDataset([source], image_processor=model.image_processor)
     return collate([rows[index] for index in range(len(rows))], pad_token_id=model.tokenizer.pad_token_id)
 
@@ -89,7 +89,7 @@ def test_stock_processor_makes_the_ids_and_pixels_that_training_saw(saved, tiny)
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     stock = processor(text=text, images=pictures, return_tensors="pt")
     first_round = dataclasses.replace(sample, turns=sample.turns[:2])
-    assert stock["input_ids"][0].tolist() == make_renderer(student, mixed_data(tiny)).render_prompt(first_round)
+    assert stock["input_ids"][0].tolist() == student.renderer(mixed_data(tiny)).render_prompt(first_round)
     ours = student.image_processor(images=[p.convert("RGB") for p in pictures], return_tensors="pt").pixel_values
     assert torch.equal(stock["pixel_values"], ours)
     assert (stock["input_ids"] == student.image_token_id).sum() == 2 * student.tokens_per_image

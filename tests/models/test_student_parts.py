@@ -1,10 +1,11 @@
 """Which towers and language models stock Llava can hold, and that a student of them is what stock classes load."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from model_parts import write_language_model, write_tower
+from model_parts import write_language_model, write_tokenizer, write_tower
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
@@ -122,6 +123,23 @@ def test_a_processor_that_makes_another_size_than_the_tower_takes_is_refused(par
         build_student(StudentConfig(vision_tower=str(folder), language_model=part("text", "qwen2")), seed=0)
 
 
+def test_a_processor_written_before_processors_had_their_name_is_known(part, tmp_path):
+    """As openai/clip-vit-large-patch14-336 has it: another key, the old name, and sizes that are numbers."""
+    folder, mean = write_tower(tmp_path / "tower", "clip"), [0.48145466, 0.4578275, 0.40821073]
+    flags = dict.fromkeys(("do_center_crop", "do_normalize", "do_resize"), True)
+    old = {"feature_extractor_type": "CLIPFeatureExtractor", "crop_size": 16, "size": 20, "resample": 3}
+    file = folder / "preprocessor_config.json"
+    new = json.loads(file.read_text())
+    file.write_text(json.dumps(flags | old | {"image_mean": mean, "image_std": new["image_std"]}))
+    student = build_student(StudentConfig(vision_tower=str(folder), language_model=part("text", "qwen2")), seed=0)
+    picture = Image.effect_noise((40, 30), 90).convert("RGB")
+    pixels, wanted = (
+        one.image_processor(images=[picture], return_tensors="pt").pixel_values
+        for one in (student, build(part, tower="clip"))
+    )
+    assert torch.equal(pixels, wanted)
+
+
 def test_a_linear_projector_is_one_matrix_and_stays_one(part, tmp_path):
     student = build(part, projector="linear")
     save_model(student, tmp_path, template=None)
@@ -188,8 +206,12 @@ def test_pad_centres_a_picture_on_a_square_of_the_mean_colour(part, tmp_path, si
         torch.testing.assert_close(got, wanted, atol=0.02, rtol=0)
 
 
-def test_an_outline_is_the_student_without_its_weights(part):
-    config = StudentConfig(vision_tower=part("tower", "clip"), language_model=part("text", "qwen2-tied"))
+@pytest.mark.parametrize("full", [False, True], ids=["free rows", "no free row"])
+def test_an_outline_is_the_student_without_its_weights(part, tmp_path, full):
+    text = part("text", "qwen2-tied")
+    if full:
+        text = str(write_tokenizer(shutil.copytree(text, tmp_path / "full"), words="abcdefghijklmn"))
+    config = StudentConfig(vision_tower=part("tower", "clip"), language_model=text)
     outline, student = outline_student(config), build_student(config, seed=0)
     assert all(weight.is_meta for weight in outline.model.parameters())
     shapes = [

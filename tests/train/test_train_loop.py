@@ -11,7 +11,6 @@ from accelerate.state import AcceleratorState
 from llavakd.config import StudentConfig, parse_recipe
 from llavakd.data.collate import RowDataset, Source
 from llavakd.data.samples import load_samples
-from llavakd.evaluate.generate import make_renderer
 from llavakd.models.student import build_student
 from llavakd.progress import Interrupted
 from llavakd.train import loop
@@ -40,7 +39,7 @@ def start_stage(request, tiny, tmp_path):
         accelerator = Accelerator(cpu=True)
         module, optimizer = accelerator.prepare(module, build_optimizer(module, stage))
         data = recipe.data["mixed"]
-        source = Source(samples=load_samples(data), renderer=make_renderer(student, data), data=data)
+        source = Source(samples=load_samples(data), renderer=student.renderer(data), data=data)
         dataset = RowDataset([source], image_processor=student.image_processor)
         parts = {"module": module, "optimizer": optimizer, "student": student}
         state = TrainState(accelerator=accelerator, teacher=None, pair=None, stage=stage, **parts)

@@ -12,7 +12,6 @@ from llavakd.data.chat import Segment
 from llavakd.data.collate import RowDataset, Source, collate
 from llavakd.data.samples import load_samples
 from llavakd.errors import UserError
-from llavakd.evaluate.generate import make_renderer
 from llavakd.losses import Counts
 from llavakd.models.alignment import align
 from llavakd.models.student import build_student
@@ -47,7 +46,7 @@ def batch_of(tiny, model, *, pictures: set[int], rows: int = 2, teacher_processo
     data = DataConfig(path=str(tiny.mixed), images=str(tiny.world / "images"), template="chatml", max_length=400)
     samples = [sample for sample in load_samples(data) if len(sample.images) in pictures][:rows]
     processors = {"image_processor": model.image_processor, "teacher_processor": teacher_processor}
-    source = Source(samples=samples, renderer=make_renderer(model, data), data=data)
+    source = Source(samples=samples, renderer=model.renderer(data), data=data)
     dataset = RowDataset([source], **processors)
     return collate([dataset[index] for index in range(rows)], pad_token_id=model.tokenizer.pad_token_id)
 
@@ -120,7 +119,7 @@ def test_a_row_that_was_left_out_changes_nothing_but_its_count(tiny, state):
     data = DataConfig(path=str(tiny.mixed), images=str(tiny.world / "images"), template="chatml", max_length=400)
     samples = load_samples(data)
     lost = dataclasses.replace(samples[0], images=("gone.png",))
-    renderer = make_renderer(state.student, data)
+    renderer = state.student.renderer(data)
 
     def step(chosen):
         rows = RowDataset(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from enum import IntEnum
 from pathlib import Path
 
@@ -26,23 +27,20 @@ class Segment(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """How turns become text. A row is system, then per round: before + tags + question + after_question, then answer.
+    """How turns become text: `system`, then in turn `question` and `answer` + `end` (both supervised) + `after_answer`.
 
-    The supervised part of a round is `before_answer` + answer + `end`.
+    picture: what stands for each of `{pictures}` in `question`; pretrain's has no `{text}`.
+    end: None is the tokenizer's end-of-sequence token.
+    jinja: the same layout for stock transformers (`apply_chat_template`).
     """
 
     system: str
-    before_question: str
-    tag: str
-    """Text of one picture in front of the question."""
-    keeps_question: bool
-    after_question: str
-    before_answer: str
+    picture: str
+    question: str
+    answer: str
     end: str | None
-    """Closing text of an answer, supervised; None: the tokenizer's end-of-sequence token."""
     after_answer: str
     jinja: str | None
-    """The same layout for stock transformers (`apply_chat_template`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,26 +59,22 @@ TEMPLATES = {
 }
 
 
+@dataclass(eq=False)
 class ChatRenderer:
     """Renders samples with one template and tokenizer."""
 
-    def __init__(
-        self,
-        template: str,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        image_token_id: int,
-        tokens_per_image: int,
-        max_length: int,
-    ) -> None:
-        self.template = TEMPLATES[template]
-        self.tokenizer = tokenizer
-        self.image_token_id = image_token_id
-        self.tokens_per_image = tokens_per_image
-        self.max_length = max_length
-        self.end_token_id = end_token_id(template, tokenizer)
-        leading = tokenizer("").input_ids  # a BOS where the family adds one (Llama); nothing for Qwen
-        self._prefix = leading if leading == [tokenizer.bos_token_id] else []
+    template: str
+    tokenizer: PreTrainedTokenizerBase
+    _: KW_ONLY
+    image_token_id: int
+    tokens_per_image: int
+    max_length: int
+
+    def __post_init__(self) -> None:
+        self._form = TEMPLATES[self.template]
+        self.end_token_id = end_token_id(self.template, self.tokenizer)
+        leading = self.tokenizer("").input_ids  # a BOS where the family adds one (Llama); nothing for Qwen
+        self._prefix = leading if leading == [self.tokenizer.bos_token_id] else []
 
     def render(self, sample: Sample) -> Rendered:
         """The whole conversation, cut on the right at `max_length`.
@@ -91,103 +85,97 @@ class ChatRenderer:
         return self.render_many([sample])[0]
 
     def render_many(self, samples: Sequence[Sample]) -> list[Rendered]:
-        """`render` for several rows with one call of the tokenizer, which is what costs."""
-        pieces = [_merge(list(self._pieces(sample.turns, sample.id))) for sample in samples]
-        texts = [text for row in pieces for text, _ in row]
-        encoded = iter(self.tokenizer(texts, add_special_tokens=False).input_ids)
-        return [
-            self._cut(*self._lay_out(row, [next(encoded) for _ in row], sample.id), sample.id)
-            for row, sample in zip(pieces, samples, strict=True)
-        ]
+        """`render` for several rows."""
+        rows = []
+        for row in self.render_each(samples):
+            if isinstance(row, DataError):
+                raise row
+            rows.append(row)
+        return rows
+
+    def render_each(self, samples: Sequence[Sample]) -> list[Rendered | DataError]:
+        """What becomes of each row, with one call of the tokenizer, which is what costs."""
+        pieces = [self._pieces(sample.turns) for sample in samples]
+        encoded = iter(self._encode([text for row in pieces for text, _ in row]))
+        found: list[Rendered | DataError] = []
+        for sample, row in zip(samples, pieces, strict=True):
+            ids = [next(encoded) for _ in row]
+            try:
+                found.append(self._cut(self._lay_out(sample, row, ids), sample.id))
+            except DataError as error:
+                found.append(error)
+        return found
 
     def render_prompt(self, sample: Sample) -> list[int]:
         """Ids up to where the last answer would start."""
-        *history, _ = sample.turns
-        pieces = _merge(list(self._pieces(tuple(history), sample.id)))
-        encoded = self.tokenizer([text for text, _ in pieces], add_special_tokens=False).input_ids
-        return self._lay_out(pieces, encoded, sample.id)[0]
+        pieces = self._pieces(sample.turns[:-1])
+        return self._lay_out(sample, pieces, self._encode([text for text, _ in pieces])).ids
 
-    def _cut(self, ids: list[int], labels: list[int], segments: list[int], row: str) -> Rendered:
-        truncated = len(ids) > self.max_length
-        if truncated:
-            if Segment.VISUAL in segments[self.max_length :]:
-                raise DataError(
-                    f"row {row!r}: {len(ids)} tokens, and max_length {self.max_length} cuts through a "
-                    "picture; raise max_length or shorten the row"
-                )
-            ids, labels, segments = (part[: self.max_length] for part in (ids, labels, segments))
-        if all(label == IGNORE_INDEX for label in labels):
-            raise DataError(
-                f"row {row!r}: no token to learn from within max_length {self.max_length}; raise it or remove the row"
-            )
-        return Rendered(ids=ids, labels=labels, segments=segments, truncated=truncated)
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        options = {"add_special_tokens": False, "return_attention_mask": False}
+        return self.tokenizer(texts, **options).input_ids if texts else []  # it cannot take no text
 
-    def _pieces(self, turns: tuple[Turn, ...], row: str) -> Iterator[tuple[str, bool]]:
-        """(text, supervised) in order; a picture is the piece IMAGE_TAG."""
-        form = self.template
-        if not form.keeps_question and (len(turns) > 2 or not turns[0].images):
-            raise DataError(
-                f"row {row!r}: the pretrain template is for a picture and its caption, got {len(turns)} "
-                f"turns and {turns[0].images} picture(s); use vicuna_v1 or chatml for this source"
-            )
-        yield form.system, False
+    def _pieces(self, turns: Sequence[Turn]) -> list[tuple[str, Segment]]:
+        """Text in order, whole wherever no label boundary lies; pictures are pieces of IMAGE_TAGs."""
+        form, pieces = self._form, [(self._form.system, Segment.PROMPT)]
         for turn in turns:
             if turn.role == "user":
-                yield form.before_question, False
-                for _ in range(turn.images):
-                    yield IMAGE_TAG, False
-                    yield form.tag.removeprefix(IMAGE_TAG), False
-                yield (turn.text if form.keeps_question else "") + form.after_question, False
+                before, _, after = form.question.partition("{pictures}")
+                picture = [(IMAGE_TAG, Segment.VISUAL), (form.picture.removeprefix(IMAGE_TAG), Segment.PROMPT)]
+                question = (after.format(text=turn.text), Segment.PROMPT)
+                pieces += [(before, Segment.PROMPT), *picture * turn.images, question]
             else:
-                yield form.before_answer + turn.text, True
-                yield self.tokenizer.eos_token if form.end is None else form.end, True
-                yield form.after_answer, False
+                end = self.tokenizer.eos_token if form.end is None else form.end
+                pieces += [
+                    (form.answer.format(text=turn.text) + end, Segment.RESPONSE),
+                    (form.after_answer, Segment.PROMPT),
+                ]
+        runs = itertools.groupby((piece for piece in pieces if piece[0]), key=lambda piece: piece[1])
+        return [("".join(text for text, _ in run), kind) for kind, run in runs]
 
-    def _lay_out(
-        self, pieces: Sequence[tuple[str, bool]], encoded: Sequence[list[int]], row: str
-    ) -> tuple[list[int], list[int], list[int]]:
-        """Ids, labels and segments from the merged pieces and what the tokenizer made of each."""
-        ids, labels = list(self._prefix), [IGNORE_INDEX] * len(self._prefix)
-        segments = [int(Segment.PROMPT)] * len(ids)
-        for (text, supervised), piece in zip(pieces, encoded, strict=True):
-            if text == IMAGE_TAG and not supervised:
-                piece, kind = [self.image_token_id] * self.tokens_per_image, Segment.VISUAL
+    def _lay_out(self, sample: Sample, pieces: list[tuple[str, Segment]], encoded: list[list[int]]) -> Rendered:
+        """The row from its pieces and what the tokenizer made of each."""
+        if "{text}" not in self._form.question and (len(sample.turns) > 2 or not sample.turns[0].images):
+            raise DataError(
+                f"row {sample.id!r}: the pretrain template is for a picture and its caption, got {len(sample.turns)} "
+                f"turns and {sample.turns[0].images} picture(s); use vicuna_v1 or chatml for this source"
+            )
+        ids, labels, segments = list[int](), list[int](), list[int]()
+        for (text, kind), piece in zip([("", Segment.PROMPT), *pieces], [self._prefix, *encoded], strict=True):
+            if kind == Segment.VISUAL:
+                piece = [self.image_token_id] * self.tokens_per_image * text.count(IMAGE_TAG)
             elif self.image_token_id in piece:
-                raise DataError(f"row {row!r}: {IMAGE_TAG} inside an answer; remove it")
-            else:
-                kind = Segment.RESPONSE if supervised else Segment.PROMPT
+                raise DataError(f"row {sample.id!r}: {IMAGE_TAG} inside an answer; remove it")
             ids += piece
-            labels += piece if supervised else [IGNORE_INDEX] * len(piece)
+            labels += piece if kind == Segment.RESPONSE else [IGNORE_INDEX] * len(piece)
             segments += [int(kind)] * len(piece)
-        return ids, labels, segments
+        return Rendered(ids=ids, labels=labels, segments=segments)
+
+    def _cut(self, whole: Rendered, row: str) -> Rendered:
+        limit, length = self.max_length, len(whole.ids)
+        if Segment.VISUAL in whole.segments[limit:]:
+            raise DataError(
+                f"row {row!r}: {length} tokens, and max_length {limit} cuts through a picture; raise it or shorten the row"
+            )
+        if Segment.RESPONSE not in whole.segments[:limit]:
+            raise DataError(
+                f"row {row!r}: no token to learn from within max_length {limit}; raise it or remove the row"
+            )
+        if length <= limit:
+            return whole
+        ids, labels, segments = whole.ids[:limit], whole.labels[:limit], whole.segments[:limit]
+        return Rendered(ids=ids, labels=labels, segments=segments, truncated=True)
 
 
 def end_token_id(template: str, tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that ends an answer of this template; raises DataError where the tokenizer has no such single token."""
     text = TEMPLATES[template].end
-    if text is None:
-        if tokenizer.eos_token_id is None:
-            raise DataError(
-                f"template {template} ends answers with the end-of-sequence token, and the tokenizer has none"
-            )
-        return tokenizer.eos_token_id
-    ids = tokenizer(text, add_special_tokens=False).input_ids
+    if text is None and tokenizer.eos_token_id is None:
+        raise DataError(f"template {template} ends answers with the end-of-sequence token, and the tokenizer has none")
+    ids = [tokenizer.eos_token_id] if text is None else tokenizer(text, add_special_tokens=False).input_ids
     if len(ids) != 1:
         raise DataError(
             f"template {template} needs {text!r} as one token, the tokenizer makes {len(ids)} of it; "
             "choose another template or tokenizer"
         )
     return ids[0]
-
-
-def _merge(pieces: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
-    """Join neighbours of the same kind, so that a tokenizer sees the text whole wherever no label boundary lies."""
-    merged: list[tuple[str, bool]] = []
-    for text, supervised in pieces:
-        if not text:
-            continue
-        if merged and text != IMAGE_TAG and merged[-1][0] != IMAGE_TAG and merged[-1][1] == supervised:
-            merged[-1] = (merged[-1][0] + text, supervised)
-        else:
-            merged.append((text, supervised))
-    return merged

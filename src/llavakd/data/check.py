@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch.utils.data import DataLoader, Dataset
 
 from llavakd.config import DataConfig
-from llavakd.data.chat import ChatRenderer, Rendered, Segment
+from llavakd.data.chat import ChatRenderer, Segment
 from llavakd.data.files import DataError, is_table
-from llavakd.data.pictures import load_pixels, read_image
+from llavakd.data.pictures import read_image
 from llavakd.data.samples import Sample, Samples, load_samples
 
 HARMLESS = ("truncated", "duplicate")  # kinds of finding with which a row still trains
@@ -33,12 +32,11 @@ class Reader(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What a worker looks at, and how."""
+    """What is seen of a row: a digest of what it says, its tokens by segment once if it renders, what is wrong by kind."""
 
-    samples: Samples
-    data: DataConfig
-    readers: tuple[Reader, ...]
-    fast: bool
+    digest: int
+    tokens: list[list[int]]
+    wrong: dict[str, str]
 
 
 def check_source(
@@ -70,25 +68,24 @@ def check_source(
     if clean is not None and is_table(Path(data.path)):
         raise DataError(f"{data.path} is a table, and only JSON can be written clean; filter it with `datasets`")
     samples = load_samples(data, max_bad_rows=1.0, find_pictures=True)
-    look = Look(samples, data, tuple(readers), fast)
-    starts = range(0, len(samples), _CHUNK)
-    workers = min(workers or os.cpu_count() or 1, max(1, len(starts)))
-    found: list[tuple[int, str, str]] = []
-    digests: list[int] = []
-    tokens: list[list[int]] = []
-    with _pool(workers, look) if workers > 1 else nullcontext() as pool:
-        parts = pool.map(_work, starts, chunksize=4) if pool else (_look_at(look, start) for start in starts)
-        for more, more_digests, more_tokens in parts:
-            found += more
-            digests += more_digests
-            tokens += more_tokens
-            progress(len(digests), len(samples))
-    found = sorted(found + _repeated(samples, digests))
-    if clean is not None:
-        _write_clean(samples, {index for index, kind, _ in found if kind != "truncated"}, clean)
     rows = (mistake.partition(": ") for mistake in samples.mistakes)
     findings = [{"row": row, "kind": "row", "message": message} for row, _, message in rows]
-    findings += [{"row": samples[index].id, "kind": kind, "message": text} for index, kind, text in found]
+    first: dict[int, int] = {}  # the first row of each digest
+    tokens: list[list[int]] = []
+    good: list[int] = []
+    done, workers = 0, min(workers or os.cpu_count() or 1, len(samples) // _CHUNK + 1)
+    options: dict[str, Any] = {"num_workers": workers if workers > 1 else 0, "worker_init_fn": _alone}
+    for looks in DataLoader(_Looks(samples, data, readers, fast), batch_size=_CHUNK, collate_fn=list, **options):
+        for index, look in enumerate(looks, done):
+            if (same := first.setdefault(look.digest, index)) != index:
+                look.wrong["duplicate"] = f"the same as row {samples[same].id!r}"
+            for kind, message in sorted(look.wrong.items()):
+                findings.append({"row": samples[index].id, "kind": kind, "message": message})
+            tokens += look.tokens
+            good += [index] if look.wrong.keys() <= {"truncated"} else []
+        progress(done := done + len(looks), len(samples))
+    if clean is not None:
+        _write_clean(samples, good, clean)
     return {
         "rows": samples.rows,
         "unusable": len({finding["row"] for finding in findings if finding["kind"] not in HARMLESS}),
@@ -98,59 +95,42 @@ def check_source(
     }
 
 
-def render_each(renderer: ChatRenderer, samples: list[Sample]) -> list[Rendered | DataError]:
-    """What becomes of each row; in one call of the tokenizer where none is wrong."""
-    try:
-        return list(renderer.render_many(samples))
-    except DataError as error:
-        return [error] if len(samples) == 1 else [one for each in samples for one in render_each(renderer, [each])]
+@dataclass(frozen=True)
+class _Looks(Dataset[Look]):
+    """The rows of a source as they are seen."""
+
+    samples: Samples
+    data: DataConfig
+    readers: Sequence[Reader]
+    fast: bool
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Look]:
+        chunk = [self.samples[index] for index in indices]
+        looks = [Look(_digest(sample), [], {}) for sample in chunk]
+        for reader in self.readers:
+            for look, text in zip(looks, reader.renderer.render_each(chunk), strict=True):
+                if isinstance(text, DataError):
+                    look.wrong["text"] = str(text)
+                elif reader is self.readers[0]:
+                    look.tokens.append([text.segments.count(segment) for segment in _SEGMENTS])
+                    if text.truncated:
+                        look.wrong["truncated"] = f"cut at max_length {self.data.max_length}"
+        for look, sample in zip(looks, chunk, strict=True) if not self.fast else ():
+            try:
+                pictures = [read_image(self.data, name) for name in sample.images]
+            except DataError as error:
+                look.wrong["picture"] = str(error)
+                continue
+            for reader in self.readers if pictures else ():
+                reader.image_processor(images=pictures, return_tensors="pt")
+        return looks
 
 
-def _pool(workers: int, look: Look) -> ProcessPoolExecutor:
-    """Workers that hold `look`; forked where that can be, for then they share it."""
-    context = multiprocessing.get_context("fork" if os.name == "posix" else "spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare, initargs=(look,))
-
-
-_LOOK: list[Look] = []  # of a worker process
-
-
-def _prepare(look: Look) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _LOOK.append(look)
-
-
-def _work(start: int) -> tuple[list[tuple[int, str, str]], list[int], list[list[int]]]:
-    return _look_at(_LOOK[0], start)
-
-
-def _look_at(look: Look, start: int) -> tuple[list[tuple[int, str, str]], list[int], list[list[int]]]:
-    """(index, kind, message) of what is wrong, digest of every row, tokens by segment of those that render."""
-    chunk: list[Sample] = look.samples[start : start + _CHUNK]
-    found: dict[tuple[int, str], str] = {}  # one finding of a kind is enough for a row
-    tokens: list[list[int]] = []
-    for reader in look.readers:
-        for index, text in enumerate(render_each(reader.renderer, chunk), start):
-            if isinstance(text, DataError):
-                found[index, "text"] = str(text)
-            elif reader is look.readers[0]:
-                tokens.append([text.segments.count(segment) for segment in _SEGMENTS])
-                if text.truncated:
-                    found[index, "truncated"] = f"cut at max_length {look.data.max_length}"
-    for index, sample in enumerate(chunk, start):
-        try:
-            if sample.images and not look.fast:
-                _decode(look, sample)
-        except DataError as error:
-            found[index, "picture"] = str(error)
-    return [(*place, text) for place, text in found.items()], [_digest(sample) for sample in chunk], tokens
-
-
-def _decode(look: Look, sample: Sample) -> None:
-    for reader in look.readers:
-        load_pixels(look.data, sample.images, reader.image_processor)
-    for name in sample.images if not look.readers else ():
-        read_image(look.data, name)
+def _alone(worker: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken by other workers
 
 
 def _digest(sample: Sample) -> int:
@@ -158,26 +138,19 @@ def _digest(sample: Sample) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def _repeated(samples: Samples, digests: list[int]) -> list[tuple[int, str, str]]:
-    """All but the first of rows with the same pictures and turns."""
-    first: dict[int, int] = {}
-    pairs = [(index, first.setdefault(digest, index)) for index, digest in enumerate(digests)]
-    return [(index, "duplicate", f"the same as row {samples[one].id!r}") for index, one in pairs if one != index]
-
-
 def _histogram(tokens: np.ndarray) -> dict[str, dict[str, float]]:
-    names = [segment.name.lower() for segment in _SEGMENTS]
-    rows = [tokens.mean(0), np.median(tokens, 0), np.percentile(tokens, 95, 0), tokens.max(0)]
-    labels = ("mean", "median", "95 %", "largest")
+    columns = {"mean": tokens.mean(0), "median": np.median(tokens, 0)}
+    columns |= {"95 %": np.percentile(tokens, 95, 0), "largest": tokens.max(0)}
     return {
-        name: dict(zip(labels, map(float, values), strict=True)) for name, *values in zip(names, *rows, strict=True)
+        segment.name.lower(): {label: float(values[index]) for label, values in columns.items()}
+        for index, segment in enumerate(_SEGMENTS)
     }
 
 
-def _write_clean(samples: Samples, without: set[int], path: Path) -> None:
-    """A JSON list of the other rows, as they stand in the file."""
+def _write_clean(samples: Samples, indices: Sequence[int], path: Path) -> None:
+    """A JSON list of these rows as they stand in the file."""
     with path.open("w", encoding="utf-8") as file:
-        for number, index in enumerate(index for index in range(len(samples)) if index not in without):
+        for number, index in enumerate(indices):
             file.write(",\n" if number else "[\n")
             json.dump(samples.raw(index), file, ensure_ascii=False)
-        file.write("\n]\n" if len(samples) > len(without) else "[]\n")
+        file.write("\n]\n" if indices else "[]\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from llavakd.config import DataConfig
@@ -53,12 +55,8 @@ class Batch:
         return self._with_tensors(Tensor.pin_memory)
 
     def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        changed: dict[str, Any] = {
-            f.name: change(value)
-            for f in dataclasses.fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return dataclasses.replace(self, **changed)
+        moved: dict[str, Any] = {name: change(held) for name, held in vars(self).items() if isinstance(held, Tensor)}
+        return dataclasses.replace(self, **moved)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +88,11 @@ class RowDataset(Dataset[Row]):
     def __init__(
         self, sources: Sequence[Source], *, image_processor: Any, teacher_processor: Any = None, seed: int = 0
     ) -> None:
-        self.sources = sources
-        self.image_processor = image_processor
-        self.teacher_processor = teacher_processor
+        self.sources, self.image_processor, self.teacher_processor = sources, image_processor, teacher_processor
         drawn = [_drawn(len(source.samples), source.weight, seed) for source in sources]
         self._places = np.stack([np.repeat(np.arange(len(sources)), [*map(len, drawn)]), np.concatenate(drawn)], axis=1)
-        self.lengths = np.concatenate(
-            [word_lengths(one.samples)[rows] for one, rows in zip(sources, drawn, strict=True)]
-        )
+        lengths = [word_lengths(source.samples)[rows] for source, rows in zip(sources, drawn, strict=True)]
+        self.lengths = np.concatenate(lengths)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -111,70 +106,58 @@ class RowDataset(Dataset[Row]):
         for number, source in enumerate(self.sources):
             mine = [index for index in indices if self._places[index, 0] == number]
             samples = [source.samples[int(self._places[index, 1])] for index in mine]
-            try:
-                rows = self._rows(source, samples)
-            except DataError:
-                rows = [self._row_or_mistake(source, sample) for sample in samples]
+            rows = map(functools.partial(self._row, source), samples, source.renderer.render_each(samples))
             found |= zip(mine, rows, strict=True)
         return [found[index] for index in indices]
 
-    def _rows(self, source: Source, samples: Sequence[Sample]) -> list[Row]:
-        def pixels(sample: Sample, processor: Any) -> Tensor | None:
-            unwanted = processor is None or source.store is not None or not sample.images
-            return None if unwanted else load_pixels(source.data, sample.images, processor)
-
-        return [
-            Row(
-                id=sample.id,
-                text=text,
-                pixels=pixels(sample, self.image_processor),
-                features=source.store.get(sample.images) if source.store and sample.images else None,
-                teacher_pixels=pixels(sample, self.teacher_processor),
-            )
-            for sample, text in zip(samples, source.renderer.render_many(samples), strict=True)
-        ]
-
-    def _row_or_mistake(self, source: Source, sample: Sample) -> Row:
+    def _row(self, source: Source, sample: Sample, text: Rendered | DataError) -> Row:
+        """A row with its pictures, or one that stands for it and says what is wrong."""
+        pictures: dict[str, Any] = {}
         try:
-            return self._rows(source, [sample])[0]
+            if isinstance(text, DataError):
+                raise text
+            if sample.images and source.store is not None:
+                pictures["features"] = source.store.get(sample.images)
+            elif sample.images:
+                processors = {"pixels": self.image_processor, "teacher_pixels": self.teacher_processor}
+                for name, processor in processors.items():
+                    if processor is not None:
+                        pictures[name] = load_pixels(source.data, sample.images, processor)
         except DataError as error:
             nothing = Rendered(ids=[source.renderer.end_token_id], labels=[IGNORE_INDEX], segments=[Segment.PROMPT])
             return Row(id=sample.id, text=nothing, mistake=f"row {sample.id!r} left out: {error}")
+        return Row(id=sample.id, text=text, **pictures)
 
 
 def _drawn(rows: int, weight: float, seed: int) -> np.ndarray:
     """round(weight * rows) row numbers of a source: all of them as often as that allows, the rest by chance."""
     times, rest = divmod(round(weight * rows), max(rows, 1))
-    return np.concatenate(
-        [np.tile(np.arange(rows), times), np.sort(np.random.default_rng(seed).permutation(rows)[:rest])]
-    )
+    part = np.sort(np.random.default_rng(seed).permutation(rows)[:rest])
+    return np.concatenate([np.tile(np.arange(rows), times), part])
 
 
 def collate(rows: Sequence[Row], *, pad_token_id: int) -> Batch:
     """Pad on the right; padding is made from lengths, so a pad id equal to the end token loses nothing."""
-    length = max(len(row.text.ids) for row in rows)
 
-    def padded(lists: list[list[int]], fill: int, dtype: type) -> Tensor:
-        table: np.ndarray = np.full((len(lists), length), fill, dtype)
-        for row, values in zip(table, lists, strict=True):
-            row[: len(values)] = values
-        return torch.from_numpy(table)
+    def padded(part: str, fill: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        lists = [torch.tensor(getattr(row.text, part), dtype=dtype) for row in rows]
+        return pad_sequence(lists, batch_first=True, padding_value=fill)
 
-    segments = padded([row.text.segments for row in rows], Segment.PADDING, np.uint8)
-    pictures = [row.pixels if row.pixels is not None else row.features for row in rows]
-    image_rows = [index for index, tensor in enumerate(pictures) if tensor is not None for _ in range(len(tensor))]
-    pixels = [row.pixels for row in rows if row.pixels is not None]
-    teacher_pixels = [row.teacher_pixels for row in rows if row.teacher_pixels is not None]
-    features = [row.features for row in rows if row.features is not None]
+    def joined(part: str) -> Tensor | None:
+        held = [getattr(row, part) for row in rows if getattr(row, part) is not None]
+        return torch.cat(held) if held else None
+
+    segments = padded("segments", Segment.PADDING, torch.uint8)
+    owners = [i for i, row in enumerate(rows) for held in (row.pixels, row.features) if held is not None for _ in held]
     return Batch(
-        input_ids=padded([row.text.ids for row in rows], pad_token_id, np.int64),
+        input_ids=padded("ids", pad_token_id),
         attention_mask=(segments != Segment.PADDING).long(),
-        labels=padded([row.text.labels for row in rows], IGNORE_INDEX, np.int64),
+        labels=padded("labels", IGNORE_INDEX),
         segments=segments,
-        image_rows=torch.tensor(image_rows, dtype=torch.int64),
-        pixel_values=torch.cat(pixels) if pixels else None,
-        features=torch.cat(features) if features else None,
-        teacher_pixel_values=torch.cat(teacher_pixels) if teacher_pixels else None,
+        image_rows=torch.tensor(owners, dtype=torch.int64),
+        pixel_values=joined("pixels"),
+        features=joined("features"),
+        teacher_pixel_values=joined("teacher_pixels"),
         sample_ids=tuple(row.id for row in rows),
         truncated=sum(row.text.truncated for row in rows),
         mistakes=tuple(row.mistake for row in rows if row.mistake),

@@ -44,34 +44,30 @@ def scan(path: Path) -> Iterator[tuple[tuple[int, int], Any]]:
 
 def row_at(path: Path, place: tuple[int, int]) -> Any:
     """The row that `scan` found at this place; pictures inside a table become the names `@ROW/NUMBER`."""
+    start, size = place
     if not is_table(path):
-        return json.loads(os.pread(_descriptor(str(path), os.getpid()), place[1], place[0]))
-    row = dict(_table(str(path))[place[0]])
-    for key in ("images", "image"):
-        if row.get(key) is not None:
-            entries = row[key] if isinstance(row[key], list) else [row[key]]
-            row[key] = [
-                f"@{place[0]}/{number}" if isinstance(entry, dict) and entry.get("bytes") else _path_of(entry)
-                for number, entry in enumerate(entries)
-            ]
-    return row
+        return json.loads(os.pread(_descriptor(str(path), os.getpid()), size, start))
+    row = _table(str(path))[start].to_pylist()[0]
+    names = [f"@{start}/{n}" if held.get("bytes") else held.get("path") for n, held in enumerate(_pictures(row))]
+    return row | {"image": names, "images": None}
 
 
 def stored_picture(path: Path, name: str) -> bytes:
     """The encoded bytes of the picture that `row_at` called `name`."""
     row, number = (int(part) for part in name.removeprefix("@").split("/"))
-    found = _table(str(path))[row]
-    entries = found.get("images") or found.get("image")
-    return (entries if isinstance(entries, list) else [entries])[number]["bytes"]
+    return _pictures(_table(str(path))[row].to_pylist()[0])[number]["bytes"]
+
+
+def _pictures(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """A table row's pictures, each as its bytes or path."""
+    found = row.get("images") if row.get("image") is None else row["image"]
+    entries = found if isinstance(found, list) else [] if found is None else [found]
+    return [entry if isinstance(entry, dict) else {"path": entry} for entry in entries]
 
 
 def is_table(path: Path) -> bool:
     """Whether `datasets` reads it: parquet, or a folder that `save_to_disk` wrote."""
     return path.suffix == ".parquet" or path.is_dir()
-
-
-def _path_of(entry: Any) -> Any:
-    return entry.get("path") if isinstance(entry, dict) else entry
 
 
 def _scan_lines(file: BinaryIO) -> Iterator[tuple[tuple[int, int], Any]]:
@@ -136,16 +132,7 @@ def _table(path: str) -> Any:
     except ImportError as error:
         raise DataError(f"{path} is a table; install what reads it: pip install 'llava-kd[tables]'") from error
     try:
-        if path.endswith(".parquet"):
-            table = datasets.Dataset.from_parquet(path)
-        else:
-            table = datasets.load_from_disk(path)
+        read = datasets.Dataset.from_parquet if path.endswith(".parquet") else datasets.load_from_disk
+        return read(path).with_format("arrow")  # whose rows are plain values, pictures undecoded
     except Exception as error:  # pyarrow and datasets raise a dozen unrelated types for a damaged table
         raise DataError(f"cannot read {path}: {type(error).__name__}: {error}") from error
-    pictures = datasets.Image(decode=False)
-    for name, kind in table.features.items():
-        if isinstance(kind, datasets.Image):
-            table = table.cast_column(name, pictures)
-        elif isinstance(getattr(kind, "feature", None), datasets.Image):
-            table = table.cast_column(name, datasets.Sequence(pictures))
-    return table

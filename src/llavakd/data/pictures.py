@@ -33,11 +33,16 @@ def read_image(data: DataConfig, name: Any) -> Image.Image:
     """
     if isinstance(name, Image.Image):
         return upright_rgb(name)
+    place = (data.path if name.startswith("@") else data.images) or ""
     try:
-        with Image.open(picture_file(data, name)) as opened:
+        file: io.BytesIO | Path = Path(place) / name
+        if name.startswith("@"):
+            file = io.BytesIO(stored_picture(Path(place), name))
+        elif place.endswith(_ARCHIVES):
+            file = io.BytesIO(_archive(place, os.getpid())[0](name))
+        with Image.open(file) as opened:
             return upright_rgb(opened)
     except Exception as error:  # a damaged picture or archive makes PIL and zipfile raise a dozen unrelated types
-        place = data.path if name.startswith("@") else data.images
         raise DataError(f"cannot read picture {name!r} of {place}: {type(error).__name__}: {error}") from error
 
 
@@ -49,44 +54,31 @@ def upright_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def picture_file(data: DataConfig, name: str) -> io.BytesIO | Path:
-    """Where the encoded picture is; inside an archive or table, its bytes."""
-    if name.startswith("@"):
-        return io.BytesIO(stored_picture(Path(data.path), name))
-    folder = data.images or ""
-    return io.BytesIO(_archive(folder, os.getpid())(name)) if folder.endswith(_ARCHIVES) else Path(folder) / name
-
-
 def has_picture(data: DataConfig, name: str) -> bool:
     """Whether it is there, by its name alone; a folder is listed once, for asking it about each file is slow."""
     if name.startswith("@"):
         return True
-    folder = data.images or ""
-    if folder.endswith(_ARCHIVES):
-        return name in _members(folder)
+    if (folder := data.images or "").endswith(_ARCHIVES):
+        return name in _names(folder)
     path = Path(folder) / name
-    return path.name in _members(str(path.parent))
+    return path.name in _names(str(path.parent))
 
 
 @lru_cache(maxsize=4)
-def _archive(path: str, pid: int) -> Callable[[str], bytes]:
-    """Reads a member; one handle a process: forked workers must not share a file position."""
+def _archive(path: str, pid: int) -> tuple[Callable[[str], bytes], frozenset[str]]:
+    """Reads a member, and all their names; one handle a process: forked workers must not share a file position."""
     if path.endswith(".zip"):
-        return zipfile.ZipFile(path).read
-    archive = tarfile.open(path)
-    members = {member.name.removeprefix("./"): member for member in archive.getmembers()}
-    return lambda name: archive.extractfile(members[name]).read()  # type: ignore[union-attr]
+        archive = zipfile.ZipFile(path)
+        return archive.read, frozenset(archive.namelist())
+    tar = tarfile.open(path)
+    members = {member.name.removeprefix("./"): member for member in tar.getmembers()}
+    return lambda name: tar.extractfile(members[name]).read(), frozenset(members)  # type: ignore[union-attr]
 
 
 @cache
-def _members(path: str) -> frozenset[str]:
+def _names(place: str) -> frozenset[str]:
     """Names in a folder or archive; none where it is not there."""
     try:
-        if path.endswith(".zip"):
-            return frozenset(zipfile.ZipFile(path).namelist())
-        if path.endswith(".tar"):
-            with tarfile.open(path) as archive:
-                return frozenset(name.removeprefix("./") for name in archive.getnames())
-        return frozenset(os.listdir(path))
+        return _archive(place, os.getpid())[1] if place.endswith(_ARCHIVES) else frozenset(os.listdir(place))
     except (OSError, zipfile.BadZipFile, tarfile.TarError):
         return frozenset()

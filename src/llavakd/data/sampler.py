@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal
 
 import numpy as np
 from torch.utils.data import Sampler
 
+Grouping = Literal["none", "length", "modality_length"]
 _LENGTH_POOL = 50  # global batches sorted together by `length`, as transformers' group_by_length
 
 
 def plan_epoch(
-    lengths: np.ndarray,
-    *,
-    global_batch_size: int,
-    grouping: Literal["none", "length", "modality_length"],
-    seed: int,
-    epoch: int,
+    lengths: np.ndarray, *, global_batch_size: int, grouping: Grouping, seed: int, epoch: int
 ) -> list[np.ndarray]:
     """Global batches of one epoch, each sorted by length, longest first.
 
@@ -26,23 +22,22 @@ def plan_epoch(
     in every epoch. `modality_length` keeps rows with and without pictures apart, except in the one batch that their
     ragged ends share; with a single modality it is a plain shuffle.
     """
-    rng = np.random.default_rng((seed, epoch))
-    order = rng.permutation(len(lengths))
     size = global_batch_size
+
+    def whole(rows: np.ndarray) -> list[np.ndarray]:
+        return [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
+
+    rng = np.random.default_rng((seed, epoch))
+    order, batches = rng.permutation(len(lengths)), []
     if grouping == "length":
-        pool = size * _LENGTH_POOL
-        order = order[: len(order) - len(order) % size]  # before sorting: else the shortest rows are never seen
-        order = np.concatenate(
-            [order[:0], *(_longest_first(order[i : i + pool], lengths) for i in range(0, len(order), pool))]
-        )
+        order = order[: len(order) // size * size]  # before sorting: else the shortest rows are never seen
+        for pool in np.split(order, range(size * _LENGTH_POOL, len(order), size * _LENGTH_POOL)):
+            pool[:] = _longest_first(pool, lengths)  # a view of `order`
     if grouping == "modality_length":
         visual, textual = order[lengths[order] > 0], order[lengths[order] < 0]
-        whole = [part[i : i + size] for part in (visual, textual) for i in range(0, len(part) - size + 1, size)]
-        ends = np.concatenate([part[len(part) - len(part) % size :] for part in (visual, textual)])
-        ends = rng.permutation(ends)
-    else:
-        whole, ends = [], order
-    batches = whole + [ends[i : i + size] for i in range(0, len(ends) - size + 1, size)]
+        batches = whole(visual) + whole(textual)
+        order = rng.permutation(np.concatenate([part[len(part) // size * size :] for part in (visual, textual)]))
+    batches += whole(order)
     return [_longest_first(batches[i], lengths) for i in rng.permutation(len(batches))]
 
 
@@ -64,33 +59,31 @@ class Shard:
         return [part[self.rank].tolist() for part in parts]
 
 
+@dataclass(eq=False)
 class MicroBatches(Sampler[list[int]]):
     """Row indices of this rank's micro-batches from step `start` to the last, across epochs."""
 
-    def __init__(
-        self,
-        lengths: np.ndarray,
-        *,
-        global_batch_size: int,
-        grouping: Literal["none", "length", "modality_length"],
-        seed: int,
-        shard: Shard,
-        start: int,
-        steps: int,
-    ) -> None:
-        self.lengths, self.size, self.grouping, self.seed = lengths, global_batch_size, grouping, seed
-        self.shard, self.start, self.steps = shard, start, steps
-        self.per_epoch = len(lengths) // global_batch_size
+    lengths: np.ndarray
+    _: KW_ONLY
+    global_batch_size: int
+    grouping: Grouping
+    seed: int
+    shard: Shard
+    start: int
+    steps: int
 
     def __len__(self) -> int:
-        return (self.steps - self.start) * (self.size // (self.shard.world_size * self.shard.micro_batch_size))
+        at_once = self.shard.world_size * self.shard.micro_batch_size
+        return (self.steps - self.start) * (self.global_batch_size // at_once)
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch, batches = -1, []
+        options: dict[str, Any] = {
+            "global_batch_size": self.global_batch_size,
+            "grouping": self.grouping,
+            "seed": self.seed,
+        }
         for step in range(self.start, self.steps):
-            if step // self.per_epoch != epoch:
-                epoch = step // self.per_epoch
-                batches = plan_epoch(
-                    self.lengths, global_batch_size=self.size, grouping=self.grouping, seed=self.seed, epoch=epoch
-                )
-            yield from self.shard.deal(batches[step % self.per_epoch])
+            epoch, number = divmod(step, len(self.lengths) // self.global_batch_size)
+            if number == 0 or step == self.start:
+                batches = plan_epoch(self.lengths, **options, epoch=epoch)
+            yield from self.shard.deal(batches[number])

@@ -14,7 +14,7 @@ from llavakd.config import DataConfig, EvaluationConfig
 from llavakd.data.chat import IGNORE_INDEX, Segment
 from llavakd.data.pictures import load_pixels
 from llavakd.data.samples import Sample
-from llavakd.evaluate.generate import Answer, generate_answers, make_renderer
+from llavakd.evaluate.generate import Answer, generate_answers
 from llavakd.evaluate.scoring import METRICS, is_correct, score
 from llavakd.losses import gram
 from llavakd.losses.rows import rows_at_once
@@ -84,7 +84,7 @@ def compare_segments(
     By segment, `response` (at the positions that predict it) and `visual`, where there are such: `kl`, mean KL(teacher ||
     student) in nats; `agreement`, share of equal likeliest ids; `teacher_entropy`, mean in nats; `positions`, how many.
     """
-    shared, renderer = align(student, teacher).vocab_size, make_renderer(student, data)
+    shared, renderer = align(student, teacher).vocab_size, student.renderer(data)
     heads = [model.head[:shared].float() for model in (student, teacher)]
     found: dict[str, list[Tensor]] = {"response": [], "visual": []}
     for index in range(count := min(_COMPARED_ROWS, len(samples))):
@@ -106,7 +106,7 @@ def compare_segments(
 @torch.no_grad()
 def probe_gram(model: VisionLanguageModel, sample: Sample, data: DataConfig) -> np.ndarray:
     """Gram matrix [N, N] of the vocabulary logits at the first picture's positions, as the relation loss sees it."""
-    text = make_renderer(model, data).render(sample)
+    text = model.renderer(data).render(sample)
     visual = torch.tensor(text.segments) == Segment.VISUAL
     hidden = _hidden(model, text.ids, visual, sample, data)[visual.to(model.model.device)]
     return gram(hidden[None, : model.tokens_per_image], model.head)[0].cpu().numpy()

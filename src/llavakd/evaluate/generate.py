@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llavakd.config import DataConfig
-from llavakd.data.chat import ChatRenderer
 from llavakd.data.pictures import load_pixels
 from llavakd.data.samples import Sample
 from llavakd.models.student import VisionLanguageModel
@@ -24,17 +23,6 @@ class Answer:
         return self.sample.turns[-1].text
 
 
-def make_renderer(model: VisionLanguageModel, data: DataConfig) -> ChatRenderer:
-    """The chat renderer of a data source for a model."""
-    return ChatRenderer(
-        data.template,
-        model.tokenizer,
-        image_token_id=model.image_token_id,
-        tokens_per_image=model.tokens_per_image,
-        max_length=data.max_length,
-    )
-
-
 def generate_answers(
     model: VisionLanguageModel,
     samples: Sequence[Sample],
@@ -46,7 +34,7 @@ def generate_answers(
     shown: bool = True,
 ) -> list[Answer]:
     """Answer the last question of each sample, greedily, in the samples' order."""
-    renderer = make_renderer(model, data)
+    renderer = model.renderer(data)
     prompts = [renderer.render_prompt(sample) for sample in samples]
     order = sorted(range(len(samples)), key=lambda index: -len(prompts[index]))
     said: dict[int, str] = {}

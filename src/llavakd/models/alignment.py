@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from llavakd.data.samples import IMAGE_TAG
 from llavakd.errors import UserError
 from llavakd.models.student import VisionLanguageModel
 
+# What decides the pixels that a tower sees, and which of its hidden states are taken.
+_PIXELS = (
+    "size do_resize resample do_rescale rescale_factor do_normalize image_mean image_std do_center_crop crop_size do_pad"
+).split()
+_SELECTION = ("vision_feature_layer", "vision_feature_select_strategy")
+
 
 class AlignmentError(UserError):
     """Teacher and student cannot be compared position by position; the message says where they part."""
-
-
-# What decides the pixels that a tower sees; the crop counts only where there is one.
-_PIXEL_SETTINGS = (
-    "size",
-    "do_resize",
-    "resample",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-    "image_mean",
-    "image_std",
-    "do_center_crop",
-    "crop_size",
-    "do_pad",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +47,8 @@ def align(student: VisionLanguageModel, teacher: VisionLanguageModel) -> Pair:
         )
     rows = {"student": len(student.head), "teacher": len(teacher.head)}
     vocab_size = shared_vocabulary(student.tokenizer, teacher.tokenizer, *rows.values())
-    differing = _differing_pixels(student.image_processor, teacher.image_processor)
+    ours, theirs = (model.image_processor.to_dict() for model in (student, teacher))
+    differing = [key for key in _PIXELS if (ours.get(key) or None) != (theirs.get(key) or None)]
     shared = not differing and _same_tower(student, teacher)
     dropped = ", ".join(f"{count - vocab_size} of the {side}'s {count}" for side, count in rows.items())
     ends = [model.tokenizer.eos_token for model in (student, teacher)]
@@ -71,12 +60,6 @@ def align(student: VisionLanguageModel, teacher: VisionLanguageModel) -> Pair:
         + (f"; end tokens differ: student {ends[0]!r}, teacher {ends[1]!r}" if ends[0] != ends[1] else "")
     )
     return Pair(vocab_size=vocab_size, shared_tower=shared, shared_pixels=not differing, note=note)
-
-
-def _differing_pixels(student: Any, teacher: Any) -> list[str]:
-    """Names of the settings by which two image processors make different pixels."""
-    ours, theirs = (processor.to_dict() for processor in (student, teacher))
-    return [key for key in _PIXEL_SETTINGS if (ours.get(key) or None) != (theirs.get(key) or None)]
 
 
 def shared_vocabulary(
@@ -104,19 +87,12 @@ def shared_vocabulary(
 
 
 def _same_tower(student: VisionLanguageModel, teacher: VisionLanguageModel) -> bool:
-    selection = ("vision_feature_layer", "vision_feature_select_strategy")
-    if any(getattr(student.model.config, key) != getattr(teacher.model.config, key) for key in selection):
+    if any(getattr(student.model.config, key) != getattr(teacher.model.config, key) for key in _SELECTION):
         return False
-    left, right = (_tower_weights(model.parts()["vision_tower"]) for model in (student, teacher))
-    if left.keys() != right.keys():
-        return False
-    return all(  # of outlines, which have no weights, shapes are all that can be told
-        left[name].shape == right[name].shape
+    left, right = (model.parts()["vision_tower"].state_dict() for model in (student, teacher))
+    names = {name for name in left.keys() | right.keys() if not name.startswith("head.")}  # never reaches the features
+    return names <= left.keys() & right.keys() and all(
+        left[name].shape == right[name].shape  # of outlines, which have no weights, all that can be told
         and (right[name].is_meta or torch.equal(left[name].to(right[name].dtype), right[name]))
-        for name in left
+        for name in names
     )
-
-
-def _tower_weights(tower: nn.Module) -> dict[str, torch.Tensor]:
-    # The pooling head never reaches the features.
-    return {name: weight for name, weight in tower.state_dict().items() if not name.startswith("head.")}

@@ -2,45 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AyaVisionForConditionalGeneration,
-    BitImageProcessorPil,
-    CLIPImageProcessorPil,
-    LlavaForConditionalGeneration,
-    LlavaImageProcessorPil,
-    PreTrainedTokenizerBase,
-    SiglipImageProcessorPil,
-)
-from transformers.utils.hub import cached_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from llavakd.data.samples import IMAGE_TAG
 from llavakd.errors import UserError
 
 # PIL processors give the same pixels with and without torchvision; the automatic class does not.
-IMAGE_PROCESSORS: dict[str, type] = {
-    "SiglipImageProcessor": SiglipImageProcessorPil,
-    "CLIPImageProcessor": CLIPImageProcessorPil,
-    "BitImageProcessor": BitImageProcessorPil,
-    "LlavaImageProcessor": LlavaImageProcessorPil,
+IMAGE_PROCESSORS: dict[str, type[Any]] = {
+    "SiglipImageProcessor": transformers.SiglipImageProcessorPil,
+    "CLIPImageProcessor": transformers.CLIPImageProcessorPil,
+    "BitImageProcessor": transformers.BitImageProcessorPil,
+    "LlavaImageProcessor": transformers.LlavaImageProcessorPil,
 }
 # Towers that stock Llava runs on pixels alone, and their tokens in front of the patches (registers come on top).
 TOWERS = {"siglip_vision_model": 0, "clip_vision_model": 1, "dinov2": 1, "dinov2_with_registers": 1}
 # Stock models of one build by model_type: Llava, and Aya Vision, whose projector makes one token of 2 x 2 patches.
 FAMILIES: dict[str, type[Any]] = {
-    "llava": LlavaForConditionalGeneration,
-    "aya_vision": AyaVisionForConditionalGeneration,
+    "llava": transformers.LlavaForConditionalGeneration,
+    "aya_vision": transformers.AyaVisionForConditionalGeneration,
 }
 # The activation of stock Llava's two-layer projector; `linear` keeps its second layer at the identity.
 PROJECTORS = {"mlp2x_gelu": "gelu", "linear": "linear"}
@@ -50,60 +38,41 @@ class ModelError(UserError):
     """A model folder is missing, incomplete or of an unexpected kind; the message names it."""
 
 
-def load(kind: Any, source: str, **options: Any) -> Any:
-    """`kind.from_pretrained`, its failures as ModelError."""
-    _find(source)
+def load(kind: Any, source: str, *, key: str = "", **options: Any) -> Any:
+    """`kind.from_pretrained`, its failures as ModelError that names the recipe's `key`, if one is given."""
     try:
+        check_place(source)
         return kind.from_pretrained(source, **options)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"cannot load {source!r} as {kind.__name__}: {reason}; give a local folder or a hub name"
-        ) from error
+        if not isinstance(error, ModelError):
+            reason = f"cannot load {source!r} as {kind.__name__}: {reason}; give a local folder or a hub name"
+        raise ModelError(f"{key}: {reason}" if key else reason) from error
 
 
-def _find(source: str) -> bool:
-    """Whether it is a folder; a hub name is "owner/name", and asking a hub for anything else would only wait."""
-    if not (found := Path(source).is_dir()) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+def check_place(source: str) -> None:
+    """Refuse what is neither a folder nor "owner/name": a hub would only answer that this is no name."""
+    if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise ModelError(f"there is no folder {source!r}; give a local folder or a hub name")
-    return found
 
 
-def load_for(key: str, kind: Any, source: str) -> Any:
-    """`kind.from_pretrained(source)`; raises ModelError naming the recipe's key."""
-    try:
-        return load(kind, source)
-    except ModelError as error:
-        raise ModelError(f"{key}: {error}") from error
-
-
-def load_image_processor(folder: str, *, mode: str = "square") -> Any:
+def load_image_processor(source: str, *, mode: str = "square") -> Any:
     """The tower's own processor in its PIL form, in mode "pad" with LLaVA-1.5's square margin; raises ModelError."""
-    settings = _processor_settings(folder)
-    kind = str(settings.get("image_processor_type", "")).removesuffix("Fast").removesuffix("Pil")
+    check_place(source)
+    try:
+        settings, _ = transformers.LlavaImageProcessorPil.get_image_processor_dict(source)
+    except OSError as error:
+        raise ModelError(f"{source} has no preprocessor_config.json; copy the vision tower's own into it") from error
+    old = settings.pop("feature_extractor_type", "").replace("FeatureExtractor", "ImageProcessor")  # OpenAI's CLIP
+    kind = settings.pop("image_processor_type", old).removesuffix("Fast").removesuffix("Pil")
     if kind not in IMAGE_PROCESSORS:
-        raise ModelError(f"{folder}: image processor {kind!r} is not known; known: {', '.join(IMAGE_PROCESSORS)}")
-    settings.pop("image_processor_type")
+        raise ModelError(f"{source}: image processor {kind!r} is not known; known: {', '.join(IMAGE_PROCESSORS)}")
+    processor = IMAGE_PROCESSORS[kind](**settings)
     if mode == "square":
-        return IMAGE_PROCESSORS[kind](**settings)
-    whole = IMAGE_PROCESSORS[kind](**settings).to_dict()
+        return processor
+    whole = processor.to_dict()
     crops = bool(whole.get("do_center_crop"))  # where it does not say, LLaVA's own would
-    return LlavaImageProcessorPil(**whole | {"do_pad": True, "do_center_crop": crops})
-
-
-def _processor_settings(folder: str) -> dict[str, Any]:
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        file = Path(folder) / name
-        if not _find(folder):
-            found = cached_file(
-                folder, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-            )
-            file = Path(found) if found else file
-        if file.is_file():
-            settings = json.loads(file.read_text(encoding="utf-8"))
-            if "image_processor" in settings or "image_processor_type" in settings:
-                return settings.get("image_processor", settings)
-    raise ModelError(f"{folder} has no preprocessor_config.json; copy the vision tower's own into it")
+    return transformers.LlavaImageProcessorPil(**whole | {"do_pad": True, "do_center_crop": crops})
 
 
 def load_vision_tower(source: str, *, scratch: bool) -> nn.Module:
@@ -127,7 +96,7 @@ def load_language_model(source: str, *, scratch: bool) -> Any:
     return extract_language_model(load(FAMILIES[config.model_type], source, dtype=torch.float32))
 
 
-def extract_language_model(model: LlavaForConditionalGeneration) -> Any:
+def extract_language_model(model: Any) -> Any:
     """The causal language model inside a LLaVA model, sharing its weights."""
     with torch.device("meta"):
         causal = AutoModelForCausalLM.from_config(model.config.text_config)
@@ -149,19 +118,18 @@ def tower_config(config: Any, source: str) -> Any:
 
 def check_language_model(language_model: Any, source: str) -> None:
     """Refuse what stock Llava cannot hold: it has a decoder with `embed_tokens` and a head that is one matrix."""
-    reason = ""
+    head, reason = language_model.get_output_embeddings(), ""
     if hasattr(language_model.config, "text_config"):
         reason = "it is more than a causal language model"
     elif not hasattr(language_model.base_model, "embed_tokens"):
         reason = "its embedding is not called embed_tokens"
-    elif language_model.get_output_embeddings().bias is not None:
+    elif head.bias is not None:
         reason = "its head has a bias"
     else:
         with torch.no_grad():
-            output = language_model(torch.arange(4).unsqueeze(0), output_hidden_states=True)
-            bare = language_model.get_output_embeddings()(output.hidden_states[-1])
-        if not torch.equal(bare, output.logits):
-            reason = "it scales, caps or otherwise changes the logits after its head"
+            output = language_model(torch.arange(4)[None], output_hidden_states=True)
+            if not torch.equal(head(output.hidden_states[-1]), output.logits):
+                reason = "it scales, caps or otherwise changes the logits after its head"
     if reason:
         raise ModelError(
             f"{source}: stock Llava cannot hold a {language_model.config.model_type!r} language model like this: "
@@ -169,33 +137,38 @@ def check_language_model(language_model: Any, source: str) -> None:
         )
 
 
-def ensure_image_token(tokenizer: PreTrainedTokenizerBase, model: Any) -> int:
-    """The id of `<image>`, in a free row of the embedding where there is one: resizing would change V."""
+def add_image_token(tokenizer: Any, config: Any) -> None:
+    """Give a tokenizer `<image>` and padding, and a whole model's configuration their ids and rows for all ids.
+
+    `<image>` takes a free row where there is one, for more rows would change V.
+    """
     if IMAGE_TAG not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TAG]}, replace_extra_special_tokens=False)
-    rows = max(tokenizer.get_vocab().values()) + 1  # not len(tokenizer): a vocabulary may have holes
-    if rows > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(rows)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer.convert_tokens_to_ids(IMAGE_TAG)
+    rows = max(tokenizer.get_vocab().values()) + 1  # not len(tokenizer): a vocabulary may have holes
+    config.text_config.vocab_size = max(rows, config.text_config.vocab_size)
+    config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TAG)
+    config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
 
 
-def count_image_tokens(vision: Any, strategy: str, image_processor: Any) -> int:
-    """Visual tokens of one picture as this processor makes it; raises ModelError where the tower cannot take it."""
-    height, width = image_processor(images=[Image.new("RGB", (60, 40))], return_tensors="pt").pixel_values.shape[-2:]
-    fits = height == width and (vision.model_type.startswith("dinov2") or height == vision.image_size)
-    if not fits:  # DINOv2 interpolates its positions, the others do not
+def count_image_tokens(vision: Any, strategy: str, image_processor: Any = None) -> int:
+    """Tokens that a tower gives of one picture, of its own size or as this processor makes it.
+
+    Raises:
+        ModelError: pictures of a size that the tower cannot take.
+    """
+    height = width = vision.image_size
+    if image_processor:
+        pixels = image_processor(images=[Image.new("RGB", (60, 40))], return_tensors="pt").pixel_values
+        height, width = pixels.shape[-2:]
+    # DINOv2 interpolates its positions, the others do not.
+    if height != width or (height != vision.image_size and not vision.model_type.startswith("dinov2")):
         raise ModelError(
             f"the image processor makes pictures of {height} x {width} pixels, the vision tower "
             f"{vision.model_type!r} takes {vision.image_size} x {vision.image_size}; use the tower's own preprocessor_config.json"
         )
-    return tokens_per_image(vision, strategy, height)
-
-
-def tokens_per_image(vision: Any, strategy: str, side: int | None = None) -> int:
-    """Tokens that a tower gives of one picture, `side` pixels wide (default: the tower's own size)."""
-    return ((side or vision.image_size) // vision.patch_size) ** 2 + leading_tokens(vision) - (strategy == "default")
+    return (height // vision.patch_size) ** 2 + leading_tokens(vision) - (strategy == "default")
 
 
 def pooled_tokens(tokens: int) -> int:

@@ -5,43 +5,22 @@ The halves, `vision_features` and `final_hidden`, exist so that one frozen tower
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    AyaVisionConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
-from llavakd.config import Part, StudentConfig
-from llavakd.data.chat import TEMPLATES, end_token_id
+from llavakd.config import DataConfig, Part, StudentConfig
+from llavakd.data.chat import TEMPLATES, ChatRenderer, end_token_id
 from llavakd.data.samples import IMAGE_TAG
-from llavakd.models.parts import (
-    FAMILIES,
-    PROJECTORS,
-    ModelError,
-    check_language_model,
-    count_image_tokens,
-    ensure_image_token,
-    leading_tokens,
-    load,
-    load_for,
-    load_image_processor,
-    load_language_model,
-    load_vision_tower,
-    pooled_tokens,
-    tokens_per_image,
-    tower_config,
-)
+from llavakd.models import parts
+from llavakd.models.parts import FAMILIES, PROJECTORS, ModelError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +60,16 @@ class VisionLanguageModel:
             "language_model": inner.language_model,
         }
 
-    def train_only(self, parts: Sequence[Part]) -> None:
+    def renderer(self, data: DataConfig) -> ChatRenderer:
+        """What makes rows of a data source into this model's ids."""
+        sizes = {"tokens_per_image": self.tokens_per_image, "max_length": data.max_length}
+        return ChatRenderer(data.template, self.tokenizer, image_token_id=self.image_token_id, **sizes)
+
+    def train_only(self, chosen: Sequence[Part]) -> None:
         """Let exactly these parts learn; the head goes with the language model."""
-        self.model.requires_grad_(False)
-        for part in parts:
-            self.parts()[part].requires_grad_(True)
-        self.model.lm_head.requires_grad_("language_model" in parts)
+        for name, part in self.parts().items():
+            part.requires_grad_(name in chosen)
+        self.model.lm_head.requires_grad_("language_model" in chosen)
         if getattr(self.model.config, "projector_hidden_act", None) == PROJECTORS["linear"]:
             self.parts()["projector"].linear_2.requires_grad_(False)
 
@@ -98,47 +81,44 @@ def build_student(config: StudentConfig, *, seed: int) -> VisionLanguageModel:
         ModelError: a part that cannot be loaded, or whose kind does not fit.
     """
     torch.manual_seed(seed)
-    vision_tower = load_vision_tower(config.vision_tower, scratch="vision_tower" in config.from_scratch)
-    language_model = load_language_model(config.language_model, scratch="language_model" in config.from_scratch)
-    check_language_model(language_model, config.language_model)
-    tokenizer = load(AutoTokenizer, config.language_model)
-    image_processor = load_image_processor(config.vision_tower, mode=config.image_mode)
-    image_token_id = ensure_image_token(tokenizer, language_model)
-    llava = student_config(
-        config,
-        vision_tower.config,
-        language_model.config,
-        image_processor,
-        image_token_index=image_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = outline(llava).model
-    model.model.vision_tower = vision_tower
-    model.model.multi_modal_projector = projector = type(model.model.multi_modal_projector)(llava)
+    vision_tower = parts.load_vision_tower(config.vision_tower, scratch="vision_tower" in config.from_scratch)
+    language_model = parts.load_language_model(config.language_model, scratch="language_model" in config.from_scratch)
+    parts.check_language_model(language_model, config.language_model)
+    student = outline_student(config)
+    whole, settings = student.model, student.model.config
+    language_model.resize_token_embeddings(settings.text_config.vocab_size)
+    settings.vision_config, settings.text_config = vision_tower.config, language_model.config
+    whole.model.vision_tower = vision_tower
+    whole.model.multi_modal_projector = projector = type(whole.model.multi_modal_projector)(settings)
     if config.projector == "linear":
         nn.init.eye_(projector.linear_2.weight)
         nn.init.zeros_(projector.linear_2.bias)
-    model.model.language_model = language_model.get_decoder()
-    model.lm_head = language_model.get_output_embeddings()
-    model.tie_weights()
-    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    whole.model.language_model = language_model.get_decoder()
+    whole.lm_head = language_model.get_output_embeddings()
+    whole.tie_weights()
+    left = [name for name, parameter in whole.named_parameters() if parameter.is_meta]
     assert not left, f"parts left without weights: {left[:3]}"
-    return VisionLanguageModel(model=model, tokenizer=tokenizer, image_processor=image_processor)
+    return student
 
 
-def student_config(
-    config: StudentConfig, vision: Any = None, text: Any = None, image_processor: Any = None, **token_ids: int
-) -> LlavaConfig | AyaVisionConfig:
-    """The student's configuration; a part that is not given is read from its config.json, weights are not needed."""
-    vision = vision or load_for("student.vision_tower", AutoConfig, config.vision_tower)
-    text = text or load_for("student.language_model", AutoConfig, config.language_model)
-    vision, text = tower_config(vision, config.vision_tower), getattr(text, "text_config", text)
+def outline_student(config: StudentConfig) -> VisionLanguageModel:
+    """What `build_student` would build, without weights; raises ModelError."""
+    tokenizer = parts.load(AutoTokenizer, config.language_model, key="student.language_model")
+    image_processor = parts.load_image_processor(config.vision_tower, mode=config.image_mode)
+    whole = student_config(config, image_processor)
+    parts.add_image_token(tokenizer, whole)
+    return outline(whole, tokenizer, image_processor)
+
+
+def student_config(config: StudentConfig, image_processor: Any = None) -> Any:
+    """The student's configuration from its parts' config.json, for pictures as this processor or the tower makes them."""
+    vision = parts.load(AutoConfig, config.vision_tower, key="student.vision_tower")
+    vision = parts.tower_config(vision, config.vision_tower)
+    text = parts.load(AutoConfig, config.language_model, key="student.language_model")
+    text = getattr(text, "text_config", text)
     strategy = config.vision_feature_select_strategy
-    count = tokens_per_image(vision, strategy)
-    if image_processor:
-        count = count_image_tokens(vision, strategy, image_processor)
-    shared = token_ids | {
+    count = parts.count_image_tokens(vision, strategy, image_processor)
+    settings = {
         "vision_config": vision,
         "text_config": text,
         "vision_feature_layer": config.vision_feature_layer,
@@ -146,8 +126,9 @@ def student_config(
         "tie_word_embeddings": text.tie_word_embeddings,
     }
     if config.projector == "pixel_shuffle":
-        return AyaVisionConfig(**shared, image_seq_length=pooled_tokens(count))
-    return LlavaConfig(**shared, projector_hidden_act=PROJECTORS[config.projector], image_seq_length=count)
+        return transformers.AyaVisionConfig(**settings, image_seq_length=parts.pooled_tokens(count))
+    activation = PROJECTORS[config.projector]
+    return transformers.LlavaConfig(**settings, projector_hidden_act=activation, image_seq_length=count)
 
 
 def outline(config: Any, tokenizer: Any = None, image_processor: Any = None) -> VisionLanguageModel:
@@ -157,31 +138,21 @@ def outline(config: Any, tokenizer: Any = None, image_processor: Any = None) -> 
     return VisionLanguageModel(model=model, tokenizer=tokenizer, image_processor=image_processor)
 
 
-def outline_student(config: StudentConfig) -> VisionLanguageModel:
-    """What `build_student` would build, without weights; raises ModelError."""
-    tokenizer = load_for("student.language_model", AutoTokenizer, config.language_model)
-    image_processor = load_image_processor(config.vision_tower, mode=config.image_mode)
-    student = outline(student_config(config, image_processor=image_processor), tokenizer, image_processor)
-    student.model.config.image_token_id = ensure_image_token(tokenizer, student.model)
-    return student
-
-
 def load_student(folder: str, *, dtype: torch.dtype | str = torch.float32) -> VisionLanguageModel:
     """Load a whole LLaVA folder written by this project or by transformers; raises ModelError."""
     whole = outline_folder(folder)
-    model = load(type(whole.model), folder, dtype=dtype)
-    return VisionLanguageModel(model=model, tokenizer=whole.tokenizer, image_processor=whole.image_processor)
+    return dataclasses.replace(whole, model=parts.load(type(whole.model), folder, dtype=dtype))
 
 
 def outline_folder(folder: str) -> VisionLanguageModel:
     """What `load_student` would load, without weights; raises ModelError."""
-    config = load(AutoConfig, folder)
+    config = parts.load(AutoConfig, folder)
     if config.model_type not in FAMILIES or not hasattr(config, "image_seq_length"):
         raise ModelError(
             f"{folder} holds a {config.model_type!r} model, expected one of {', '.join(FAMILIES)}; "
             "give a folder that LlavaForConditionalGeneration wrote"
         )
-    return outline(config, load(AutoTokenizer, folder), load_image_processor(folder))
+    return outline(config, parts.load(AutoTokenizer, folder), parts.load_image_processor(folder))
 
 
 def save_model(student: VisionLanguageModel, folder: Path, *, template: str | None) -> None:
@@ -195,11 +166,11 @@ def save_model(student: VisionLanguageModel, folder: Path, *, template: str | No
     if template:
         generation.eos_token_id = end_token_id(template, student.tokenizer)
     student.model.save_pretrained(folder)
-    LlavaProcessor(
+    transformers.LlavaProcessor(
         image_processor=student.image_processor,
         tokenizer=student.tokenizer,
         patch_size=config.vision_config.patch_size * getattr(config, "downsample_factor", 1),
-        num_additional_image_tokens=leading_tokens(config.vision_config),
+        num_additional_image_tokens=parts.leading_tokens(config.vision_config),
         image_token=IMAGE_TAG,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         chat_template=TEMPLATES[template].jinja if template else None,
@@ -232,6 +203,6 @@ def final_hidden(
     # The id at a picture position is only a mark; it may lie outside this model's vocabulary.
     embedded = model.get_input_embeddings()(input_ids.masked_fill(visual, 0))
     if features is not None:
-        projected = model.model.multi_modal_projector(features).to(embedded.dtype)
+        projected = model.model.multi_modal_projector(features.to(embedded.dtype)).to(embedded.dtype)
         embedded = embedded.masked_scatter(visual.unsqueeze(-1), projected)
     return model.model(inputs_embeds=embedded, attention_mask=attention_mask, use_cache=False).last_hidden_state

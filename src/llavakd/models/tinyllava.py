@@ -15,23 +15,28 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
+from transformers.modeling_utils import load_state_dict
 
 from llavakd.models import parts
 from llavakd.models.parts import ModelError
-from llavakd.models.student import VisionLanguageModel, save_model
+from llavakd.models.student import VisionLanguageModel, outline, save_model
 
-# Config keys of TinyLLaVA and of LLaVA-1.5.
-_KEYS = ("vision_model_name_or_path", "connector_type", "vision_feature_layer", "vision_feature_select_strategy")
-_MM_KEYS = ("mm_vision_tower", "mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature")
 # Head, language model, tower and projector as transformers, TinyLLaVA and LLaVA-1.5 spell them.
 _PARTS = ("lm_head.", "model.language_model.", "model.vision_tower.", "model.multi_modal_projector.")
 _TINY = ("language_model.lm_head.", "language_model.model.", "vision_tower._vision_tower.", "connector._connector.")
 _LLAVA = ("lm_head.", "model.", "model.vision_tower.vision_tower.", "model.mm_projector.")
 _CONNECTORS = {"mlp2x_gelu": {"linear_1.": "0.", "linear_2.": "2."}, "linear": {"linear_1.": ""}}
 _STRATEGIES = {"patch": "default", "cls_patch": "full"}
+# Keys of config.json in TinyLLaVA: the same in LLaVA-1.5, the default, and what can be converted.
+_SETTINGS: dict[str, tuple[str, Any, Any]] = {
+    "connector_type": ("mm_projector_type", "linear", tuple(_CONNECTORS)),
+    "vision_feature_layer": ("mm_vision_select_layer", -2, range(-99, 100)),
+    "vision_feature_select_strategy": ("mm_vision_select_feature", "patch", tuple(_STRATEGIES)),
+    "image_aspect_ratio": ("image_aspect_ratio", "square", ("square", "pad")),
+    "mm_use_im_start_end": ("mm_use_im_start_end", False, (False,)),
+}
 # Buffers that old versions saved, and SigLIP's pooling head, which no feature passes.
 _UNUSED = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$|vision_tower\.(vision_model\.)?head\.")
 
@@ -53,17 +58,17 @@ def convert(source: Path, target: Path, *, tokenizer: str | None = None, vision_
     tower = vision_tower or config.get("vision_model_name_or_path")
     pixels_from = _place("--vision-tower", vision_tower, source / "preprocessor_config.json", tower)
     pixels = parts.load_image_processor(pixels_from, mode=config["image_aspect_ratio"])
-    llava = _llava_config(config, tower, pixels)
+    llava = _llava_config(config, str(tower), pixels)
     words = parts.load(AutoTokenizer, words_from, config=llava.text_config)
     found = {key: tensor for key, tensor in _read_weights(source).items() if not _UNUSED.search(key)}
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in found.values()))
-    state = _match(found, llava, config, tower)
+    state = _match(found, llava, config, str(tower))
     model = LlavaForConditionalGeneration.from_pretrained(None, config=llava, state_dict=state, dtype=dtype)
     parts.check_language_model(parts.extract_language_model(model), str(source))
     if max(words.get_vocab().values()) >= (rows := len(model.lm_head.weight)):
         raise ModelError(f"{words_from} has ids beyond the checkpoint's {rows} rows; give its own with --tokenizer")
-    model.config.image_token_id = parts.ensure_image_token(words, model)
-    model.config.pad_token_id, model.config.eos_token_id = words.pad_token_id, words.eos_token_id
+    parts.add_image_token(words, model.config)
+    model.resize_token_embeddings(model.config.text_config.vocab_size)
     whole = VisionLanguageModel(model=model, tokenizer=words, image_processor=pixels)
     save_model(whole, target, template="vicuna_v1")
     return (
@@ -76,27 +81,22 @@ def convert(source: Path, target: Path, *, tokenizer: str | None = None, vision_
 def _read_config(source: Path) -> dict[str, Any]:
     """config.json in TinyLLaVA's words, of a kind that stock Llava can hold."""
     config = _read_json(source / "config.json")
-    spelled = dict(zip(_KEYS, _MM_KEYS, strict=True)) if "mm_vision_tower" in config else {}
-    if not ("connector_type" in config or (spelled and config.get("model_type") in ("llava", "llava_llama"))):
+    original = "mm_vision_tower" in config
+    if not ("connector_type" in config or (original and config.get("model_type") in ("llava", "llava_llama"))):
         raise ModelError(
             f"{source}: model_type {config.get('model_type')!r} in config.json without connector_type (TinyLLaVA, LLaVA-KD) "
             "is not a Llama with mm_vision_tower (LLaVA-1.5); only these are converted"
         )
-    if spelled:  # a LLaVA-1.5 config is a Llama's with more keys
+    if original:  # a LLaVA-1.5 config is a Llama's with more keys
         fields = {*AutoConfig.for_model("llama").to_dict(), "rope_theta", "rope_scaling"}
-        text = {key: value for key, value in config.items() if key in fields} | {"architectures": None}
-        config["text_config"] = text | {"model_type": "llama"}
-        config |= {ours: config.get(theirs) for ours, theirs in spelled.items()}
-    for key, default, known in (
-        ("connector_type", "linear" if spelled else None, tuple(_CONNECTORS)),
-        ("vision_feature_layer", -2, range(-99, 100)),
-        ("vision_feature_select_strategy", "patch", tuple(_STRATEGIES)),
-        ("image_aspect_ratio", "square", ("square", "pad")),
-        ("mm_use_im_start_end", False, (False,)),
-    ):
-        config[key] = default if config.get(key) is None else config[key]
+        text = {key: value for key, value in config.items() if key in fields}
+        config["text_config"] = text | {"architectures": None, "model_type": "llama"}
+        config["vision_model_name_or_path"] = config["mm_vision_tower"]
+    for key, (theirs, default, known) in _SETTINGS.items():
+        said = theirs if original else key
+        config[key] = default if config.get(said) is None else config[said]
         if config[key] not in known:
-            raise ModelError(f"{source}: config.json has {spelled.get(key, key)} {config[key]!r}; convertible: {known}")
+            raise ModelError(f"{source}: config.json has {said} {config[key]!r}; convertible: {known}")
     return config
 
 
@@ -108,11 +108,10 @@ def _place(option: str, given: str | None, own: Path, named: str | None) -> str:
     return place
 
 
-def _llava_config(config: dict[str, Any], tower: str | None, pixels: Any) -> LlavaConfig:
+def _llava_config(config: dict[str, Any], tower: str, pixels: Any) -> LlavaConfig:
     text = _part_config(config, "text_config")
     mm = "mm_vision_tower" in config
-    vision = parts.load(AutoConfig, str(tower)) if mm else _part_config(config, "vision_config")
-    vision = parts.tower_config(vision, str(tower))
+    vision = parts.tower_config(parts.load(AutoConfig, tower) if mm else _part_config(config, "vision_config"), tower)
     strategy = _STRATEGIES[config["vision_feature_select_strategy"]]
     return LlavaConfig(
         vision_config=vision,
@@ -133,14 +132,13 @@ def _part_config(config: dict[str, Any], part: str) -> Any:
         raise ModelError(f"config.json: {part} has model_type {settings.get('model_type')!r}, unknown here") from error
 
 
-def _match(left: dict[str, Tensor], llava: LlavaConfig, config: dict[str, Any], tower: str | None) -> dict[str, Tensor]:
+def _match(left: dict[str, Tensor], llava: LlavaConfig, config: dict[str, Any], tower: str) -> dict[str, Tensor]:
     """The tensors under transformers' names: each wanted one once and of its shape, none left over."""
-    with torch.device("meta"):
-        wanted = LlavaForConditionalGeneration(llava).state_dict()
+    wanted = outline(llava).model.state_dict()
     spelled = dict(zip(_PARTS, _LLAVA if "mm_vision_tower" in config else _TINY, strict=True))
     head, text, vision, projector = _PARTS
     if "mm_vision_tower" in config and not any(key.startswith(spelled[vision]) for key in left):
-        weights = parts.load_vision_tower(str(tower), scratch=False).state_dict()
+        weights = parts.load_vision_tower(tower, scratch=False).state_dict()
         left |= {spelled[vision] + key: tensor for key, tensor in weights.items()}
     if any(key.startswith(f"{spelled[vision]}vision_model.") for key in left):
         spelled[vision] += "vision_model."
@@ -199,21 +197,19 @@ def _merge_lora(folder: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _read_files(folder: Path, stem: str = "model", prefix: str = "pytorch_") -> dict[str, Tensor]:
     """All tensors of STEM.safetensors or else PREFIX+STEM.bin, whole or in shards."""
-    names = [f"{stem}.safetensors", f"{prefix}{stem}.bin"]
-    files = [name for name in names if (folder / name).is_file()][:1] or names[:1]
-    for index in [file for name in names if (file := folder / f"{name}.index.json").is_file()][:1]:
-        files = sorted(set(_read_json(index)["weight_map"].values()))
+    whole = [folder / f"{stem}.safetensors", folder / f"{prefix}{stem}.bin"]
+    indices = [index for file in whole if (index := Path(f"{file}.index.json")).is_file()]
+    files = [file for file in whole if file.is_file()][:1] or whole[:1]
+    if indices:
+        files = sorted({folder / name for name in _read_json(indices[0])["weight_map"].values()})
     tensors: dict[str, Tensor] = {}
-    for name in files:
+    for file in files:
         try:
-            if name.endswith(".safetensors"):
-                tensors |= load_file(folder / name)
-            else:
-                tensors |= torch.load(folder / name, map_location="cpu", weights_only=True)
+            tensors |= load_state_dict(file)
         except (OSError, EOFError, RuntimeError, TypeError, SafetensorError, pickle.UnpicklingError) as error:
-            raise ModelError(f"cannot read the weights {folder / name}: {str(error).splitlines()[0]}") from error
+            raise ModelError(f"cannot read the weights {file}: {str(error).splitlines()[0]}") from error
     if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ModelError(f"{folder / files[0]} does not hold named tensors; give a checkpoint's weights")
+        raise ModelError(f"{files[0]} does not hold named tensors; give a checkpoint's weights")
     return tensors
 
 

@@ -18,7 +18,6 @@ from llavakd.errors import UserError
 from llavakd.losses import Counts, Objective, count, objective
 from llavakd.models.alignment import Pair
 from llavakd.models.student import VisionLanguageModel, final_hidden, vision_features
-from llavakd.models.teacher import teacher_hidden
 
 
 class NonFiniteError(UserError):
@@ -134,9 +133,8 @@ def _forward(state: TrainState, batch: Batch, counts: Counts) -> Objective:
             assert pixels is not None, "the teacher has another image processor, but the batch lacks its pixels"
             with torch.no_grad():
                 teacher_features = vision_features(state.teacher.model, pixels.to(state.teacher.model.dtype))
-        taught = teacher_hidden(
-            state.teacher, batch.input_ids, batch.attention_mask, batch.segments == Segment.VISUAL, teacher_features
-        )
+        visual = batch.segments == Segment.VISUAL
+        taught = final_hidden(state.teacher.model, batch.input_ids, batch.attention_mask, visual, teacher_features)
     return state.module(batch, features, taught, head, counts)
 
 
