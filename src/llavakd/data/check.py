@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,14 +53,14 @@ def check_source(
     Args:
         data: the source.
         readers: the models that are to read it; without any only rows and pictures are looked at.
-        fast: pictures only have to be there; else they are decoded and go through every reader's processor.
+        fast: pictures only have to be there; else they are decoded, and each size goes through every processor once.
         workers: processes; default one a core.
         clean: where a JSON list of the rows that train, each once, is written.
         progress: called with (rows done, rows in all).
 
     Returns:
-        `rows`; `unusable`, how many of them; `findings` (dicts of row, kind, message; kind is row, text, picture or one of HARMLESS); `text_only`, a
-        share of the good rows; `tokens` by segment (mean, median, 95 %, largest; empty without readers).
+        `rows`; `unusable`, how many of them; `findings` (dicts of row, kind, message; kind is row, text, picture or one of
+        HARMLESS); `text_only`, a share of the good rows; `tokens` by segment (mean, median, 95 %, largest).
 
     Raises:
         DataError: the file as a whole cannot be read, or a clean copy of a table is asked for.
@@ -103,6 +103,7 @@ class _Looks(Dataset[Look]):
     data: DataConfig
     readers: Sequence[Reader]
     fast: bool
+    sizes: set[tuple[int, int]] = field(default_factory=set)  # of the pictures that the processors took
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -124,8 +125,11 @@ class _Looks(Dataset[Look]):
             except DataError as error:
                 look.wrong["picture"] = str(error)
                 continue
-            for reader in self.readers if pictures else ():
-                reader.image_processor(images=pictures, return_tensors="pt")
+            for picture in pictures:
+                if picture.size not in self.sizes:  # whether a processor can take a picture depends on nothing else
+                    self.sizes.add(picture.size)
+                    for reader in self.readers:
+                        reader.image_processor(images=[picture], return_tensors="pt")
         return looks
 
 
