@@ -30,9 +30,7 @@ def bar(label: str, total: int, *, shown: bool = True) -> Iterator[Callable[...,
 
     Yields `advance(done, note="")`, which moves the bar to `done` and shows `note` beside it.
     """
-    if not shown:
-        yield lambda done, note="": None
-    elif sys.stderr.isatty():
+    if shown and sys.stderr.isatty():
         counts = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress("{task.description}", *counts, "{task.fields[note]}", console=_console) as progress:
             task = progress.add_task(label, total=total, note="")
@@ -42,7 +40,7 @@ def bar(label: str, total: int, *, shown: bool = True) -> Iterator[Callable[...,
 
         def line(done: int, note: str = "") -> None:
             nonlocal last
-            if done == total or time.monotonic() - last > _SECONDS_BETWEEN_LINES:
+            if shown and (done == total or time.monotonic() - last > _SECONDS_BETWEEN_LINES):
                 last = time.monotonic()
                 say(f"{label} {done}/{total} {note}")
 
