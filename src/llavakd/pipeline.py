@@ -35,8 +35,6 @@ from llavakd.train.loop import run_stage
 from llavakd.train.optim import build_optimizer
 from llavakd.train.step import StudentModule, TrainState
 
-_WEIGHTS = ("config.json", "*.safetensors", "*.bin")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -152,25 +150,21 @@ def _digest(value: Any) -> str:
 
 def _contents(source: str, *forms: str) -> list[str]:
     """Digests of a file, or of those in a folder, where no forms are given a model's; a hub name stands for itself."""
-    path = Path(source)
-    found = [path] if path.is_file() else [file for form in forms or _WEIGHTS for file in path.glob(form)]
+    path, forms = Path(source), forms or ("config.json", "*.safetensors", "*.bin")
+    found = [path] if path.is_file() else [file for form in forms for file in path.glob(form)]
     return [file_digest(file) for file in sorted(found) if file.is_file()] or [source]
 
 
 def _train(run: Run, stage: StageConfig, before: StageConfig | None) -> dict[str, Any]:
     """Train one stage and write its model; returns what pipeline.json says of it."""
     recipe, accelerator, folder = run.recipe, run.accelerator, run.out / stage.name
-    if before:
-        student = load_student(str(run.out / before.name / "model"))
-    else:
-        student = build_student(recipe.student, seed=recipe.seed)
+    start = str(run.out / before.name / "model") if before else None
+    student = load_student(start) if start else build_student(recipe.student, seed=recipe.seed)
     student.train_only(stage.train)
     teacher = load_teacher(recipe.teacher) if stage.losses.distils and recipe.teacher else None
     pair = align(student, teacher) if teacher else None
     if pair and accelerator.is_main_process:
         say(pair.note)
-    if recipe.gradient_checkpointing:
-        student.model.gradient_checkpointing_enable()
     module = StudentModule(student, stage, pair.vocab_size if pair else None)
     module, optimizer = accelerator.prepare(module, build_optimizer(module, stage))
     if teacher:
@@ -178,6 +172,8 @@ def _train(run: Run, stage: StageConfig, before: StageConfig | None) -> dict[str
     learning: dict[str, Any] = {"module": module, "optimizer": optimizer}
     state = TrainState(accelerator=accelerator, **learning, student=student, teacher=teacher, pair=pair, stage=stage)
     dataset = _dataset(run, state)
+    if recipe.gradient_checkpointing:
+        student.model.gradient_checkpointing_enable()
     student.model.train()
     folder.mkdir(exist_ok=True)
     progress = run_stage(state, dataset, recipe, folder)

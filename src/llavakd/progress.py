@@ -26,10 +26,7 @@ def say(text: str) -> None:
 
 @contextmanager
 def bar(label: str, total: int, *, shown: bool = True) -> Iterator[Callable[..., None]]:
-    """Progress over `total` steps; `shown=False` (other processes of a run) keeps silent.
-
-    Yields `advance(done, note="")`, which moves the bar to `done` and shows `note` beside it.
-    """
+    """Yield `advance(done, note="")`, which moves a bar of `total` steps to `done` with a note; silent unless shown."""
     if shown and sys.stderr.isatty():
         counts = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress("{task.description}", *counts, "{task.fields[note]}", console=_console) as progress:

@@ -18,7 +18,6 @@ RECIPE = Path(__file__).parent / "assets" / "shapes" / "quickstart.yaml"
 def run_quickstart(out: Path) -> dict[str, Any]:
     """Run, or go on with, OUT/pt-sft-sft and OUT/dpt-sft-dft (same start, data, steps); returns the merged results."""
     recipe = load_recipe(RECIPE)
-    out.mkdir(parents=True, exist_ok=True)
     draw_world(recipe, out)
     distilled = dataclasses.replace(resolve_paths(recipe, out), world=None)  # both runs read OUT/world
     runs = {twin.name: twin for twin in (control_twin(distilled), distilled)}

@@ -23,10 +23,7 @@ _MANIFEST = "manifest.json"
 
 
 def write_folder(folder: Path, fill: Callable[[Path], Any], *, flush: bool = True) -> Any:
-    """Let `fill` write into a fresh folder, move it to `folder` in one rename, and return what `fill` did.
-
-    Without `flush`, which takes milliseconds a file, a power cut may tear it.
-    """
+    """Let `fill` write a fresh folder, rename it to `folder`, return what `fill` did; unflushed, a power cut may tear it."""
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

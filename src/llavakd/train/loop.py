@@ -61,10 +61,7 @@ def shard_of(recipe: Recipe, stage_name: str, *, rank: int, world_size: int) -> 
 
 
 def run_stage(state: TrainState, dataset: RowDataset, recipe: Recipe, folder: Path) -> Progress:
-    """Train one stage to its end, going on from its newest whole checkpoint.
-
-    Raises Interrupted after Ctrl-C or SIGTERM, once the step is saved, and DataError after too many rows left out.
-    """
+    """Train a stage to its end, from its newest checkpoint on; raises Interrupted, once saved, and UserError."""
     stage, accelerator, main = state.stage, state.accelerator, state.accelerator.is_main_process
     steps, checkpoints = total_steps(len(dataset), stage), folder / "checkpoints"
     learning: dict[str, Any] = {"module": accelerator.unwrap_model(state.module), "optimizer": state.optimizer}
@@ -125,13 +122,11 @@ def _log(state: TrainState, folder: Path, progress: Progress, window: list[StepR
     accelerator, stage = state.accelerator, state.stage.name
     steps = [{"loss": one.loss, **one.parts, "grad_norm": one.grad_norm} for one in window]
     means = {name: float(torch.stack([one[name].float() for one in steps]).mean()) for name in steps[0]}
-    means["tokens_per_s"] = sum(one.counted["tokens"] for one in window) / seconds
-    means["lr"] = state.optimizer.param_groups[0]["lr"]
-    means["memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    if accelerator.device.type == "cuda":
-        means["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    rows = {name: progress.counted[name] for name in ("truncated", "left_out")}
-    values = {name: round(value, 8) for name, value in (means | rows).items()}
+    tokens, cuda = sum(one.counted["tokens"] for one in window), accelerator.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+    means |= {"tokens_per_s": tokens / seconds, "lr": state.optimizer.param_groups[0]["lr"], "memory_gib": peak / 2**30}
+    means |= {name: progress.counted[name] for name in ("truncated", "left_out")}
+    values = {name: round(value, 8) for name, value in means.items()}
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"stage": stage, "step": progress.step, **values}) + "\n")
     accelerator.log({f"{stage}/{name}": value for name, value in values.items()}, step=progress.step)

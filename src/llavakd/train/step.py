@@ -117,14 +117,9 @@ def _forward(state: TrainState, batch: Batch, counts: Counts) -> Objective:
 
 def _count(accelerator: Accelerator, micro_batches: Sequence[Batch]) -> tuple[Counts, dict[str, int]]:
     """Counts of the global batch, and those of StepResult, over all micro-batches and ranks."""
-    local = [
-        (
-            *count(batch.labels, batch.segments == Segment.VISUAL, batch.image_rows),
-            *(int(batch.attention_mask.sum()), batch.truncated, len(batch.mistakes)),
-        )
-        for batch in micro_batches
-    ]
-    totals = accelerator.reduce(torch.tensor(local, device=accelerator.device).sum(0))
-    samples, *counts, tokens, truncated, left_out = totals.tolist()
+    counts = [count(batch.labels, batch.segments == Segment.VISUAL, batch.image_rows) for batch in micro_batches]
+    rows = [(int(batch.attention_mask.sum()), batch.truncated, len(batch.mistakes)) for batch in micro_batches]
+    local = torch.cat([torch.tensor(counts), torch.tensor(rows)], dim=1).sum(0)
+    samples, *others, tokens, truncated, left_out = accelerator.reduce(local.to(accelerator.device)).tolist()
     counted = {"tokens": tokens - left_out, "truncated": truncated, "left_out": left_out}
-    return Counts(samples - left_out, *counts), counted
+    return Counts(samples - left_out, *others), counted
