@@ -112,7 +112,6 @@ def _write_mixed(world: Path, path: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """The tiny world and its parts; nobody may change them."""
-    import torch
     from make_parts import write_parts
 
     from llavakd.config import StudentConfig

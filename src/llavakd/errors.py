@@ -17,7 +17,6 @@ class RecipeError(UserError):
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint for a word that is not known: the closest known one, or all of them."""
     known = [name for name in known if name]
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if close:
+    if close := difflib.get_close_matches(word, known, n=1, cutoff=0.5):
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(known)}" if known else ""

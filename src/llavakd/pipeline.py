@@ -2,95 +2,78 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import platform
-import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import torch
 import transformers
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
-from llavakd.config import (
-    DataConfig,
-    EvaluationConfig,
-    Recipe,
-    StageConfig,
-    TeacherConfig,
-    differing_keys,
-    dump_recipe,
-    resolve_paths,
-    to_tree,
-)
+from llavakd.config import DataConfig, EvaluationConfig, Recipe, StageConfig, TeacherConfig, resolve_paths
 from llavakd.data.collate import RowDataset, Source
 from llavakd.data.features import FeatureStore, save_features
 from llavakd.data.pictures import load_pixels
 from llavakd.data.samples import Samples, load_samples
 from llavakd.errors import UserError
 from llavakd.evaluate import evaluate_model
-from llavakd.models.alignment import Pair, align
+from llavakd.models.alignment import align
 from llavakd.models.student import VisionLanguageModel, build_student, load_student, save_model, vision_features
 from llavakd.models.teacher import load_teacher
-from llavakd.preflight import check_before_training, used_sources
+from llavakd.preflight import check_before_training, claim_folder, used_sources
 from llavakd.progress import bar, say
 from llavakd.report import write_report
 from llavakd.shapes import write_world
 from llavakd.train.checkpoint import file_digest, write_folder, write_text
-from llavakd.train.loop import run_stage, shard_of, total_steps
+from llavakd.train.loop import run_stage
 from llavakd.train.optim import build_optimizer
 from llavakd.train.step import StudentModule, TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run folder and what all its stages share; the recipe's paths are resolved."""
+    """One run folder and what all its stages share; the recipe's paths are resolved, `ledger` is pipeline.json."""
 
     recipe: Recipe
     out: Path
     accelerator: Accelerator
     samples: dict[str, Samples]
+    ledger: dict[str, dict[str, Any]]
 
-    def model_folder(self, stage: StageConfig) -> Path:
-        """Where a finished stage's model lies."""
-        return self.out / stage.name / "model"
+    def note(self, stage: StageConfig, **facts: Any) -> None:
+        """Write down what is known of a stage."""
+        self.ledger[stage.name] = {"name": stage.name, **facts}
+        content = {"name": self.recipe.name, "stages": list(self.ledger.values())}
+        write_text(self.out / "pipeline.json", json.dumps(content, indent=1))
 
 
 def run_pipeline(recipe: Recipe, out: Path) -> dict[str, Any]:
-    """Run or go on with every stage in `out`, then evaluate and report; returns results.json as a dict.
-
-    Raises UserError for a wrong recipe, data file, model or run folder, and Interrupted where a person stopped it.
-    """
+    """Run or go on with every stage in `out`, evaluate and report; returns results.json. Raises UserError, Interrupted."""
     out.mkdir(parents=True, exist_ok=True)
     transformers.utils.logging.disable_progress_bar()  # ours say what takes long
-    _claim(recipe, out)
+    claim_folder(recipe, out)
     accelerator = _make_accelerator(recipe, out)
     with accelerator.main_process_first():
         draw_world(recipe, out)
-    placed = resolve_paths(recipe, out)
-    sources = {name: placed.data[name] for name in used_sources(placed)}
-    samples = {name: load_samples(data, recipe.max_bad_rows, find_pictures=True) for name, data in sources.items()}
-    run = Run(recipe=placed, out=out, accelerator=accelerator, samples=samples)
-    _check_batches(run)
+    recipe, ledger = resolve_paths(recipe, out), out / "pipeline.json"
+    samples = {
+        name: load_samples(data, recipe.max_bad_rows, find_pictures=True) for name, data in used_sources(recipe).items()
+    }
     if accelerator.is_main_process:
-        check_before_training(placed, samples)
-    ledger = _Ledger(out / "pipeline.json", recipe.name)
-    for index, stage in enumerate(placed.stages):
-        fingerprint = _fingerprint(run, index, ledger)
-        if ledger.is_done(stage.name, fingerprint):
-            say(f"stage {stage.name}: done, skipped")
-            continue
-        ledger.note(stage.name, state="running", fingerprint=fingerprint)
-        ledger.note(stage.name, state="done", fingerprint=fingerprint, **_run_one(run, index))
-        accelerator.wait_for_everyone()
-    results = _results(run, ledger) if accelerator.is_main_process else {"rows": []}
-    if results["rows"]:
+        check_before_training(recipe, samples, accelerator.num_processes)
+    begun = json.loads(ledger.read_text(encoding="utf-8"))["stages"] if ledger.is_file() else []
+    entries = {entry["name"]: entry for entry in begun}
+    run = Run(recipe=recipe, out=out, accelerator=accelerator, samples=samples, ledger=entries)
+    for before, stage in zip((None, *recipe.stages), recipe.stages, strict=False):
+        _run_stage(run, stage, before)
+    results: dict[str, Any] = {"rows": [], "environment": _environment(accelerator)}
+    if recipe.evaluation and accelerator.is_main_process:
+        results["rows"] = _rows(run, recipe.evaluation)
         write_text(out / "results.json", json.dumps(results, indent=1))
         write_report([out], out)
     accelerator.wait_for_everyone()
@@ -108,97 +91,55 @@ def evaluate_folder(
     return evaluate_model(loaded, samples, data, evaluation, out, name=Path(model.path).name)
 
 
-class _Ledger:
-    """pipeline.json: what is known of every stage, rewritten whole at each change."""
-
-    def __init__(self, path: Path, name: str) -> None:
-        self.path = path
-        self.name = name
-        self.stages: dict[str, dict[str, Any]] = {}
-        if path.is_file():
-            self.stages = {entry["name"]: entry for entry in json.loads(path.read_text(encoding="utf-8"))["stages"]}
-
-    def is_done(self, stage: str, fingerprint: dict[str, str]) -> bool:
-        """Whether the stage is finished; raises UserError where it was begun under another fingerprint."""
-        entry = self.stages.get(stage)
-        if entry is None:
-            return False
-        changed = [key for key in fingerprint if entry["fingerprint"].get(key) != fingerprint[key]]
-        if changed:
-            raise UserError(
-                f"stage {stage} in {self.path.parent} was begun with another {', '.join(changed)}; use a new --out, or "
-                f"put back what was changed"
-            )
-        return entry["state"] == "done"
-
-    def note(self, stage: str, **facts: Any) -> None:
-        """Record facts of a stage."""
-        self.stages[stage] = {"name": stage, **facts}
-        write_text(self.path, json.dumps({"name": self.name, "stages": list(self.stages.values())}, indent=1))
-
-
-def _claim(recipe: Recipe, out: Path) -> None:
-    """Write recipe.yaml, or refuse a folder that belongs to another recipe."""
-    path = out / "recipe.yaml"
-    if not path.is_file():
-        write_text(path, dump_recipe(recipe))
-        return
-    differing = differing_keys(yaml.safe_load(path.read_text(encoding="utf-8")), to_tree(recipe))
-    if differing:
-        raise UserError(
-            f"{out} holds a run of another recipe; these keys differ: "
-            + "; ".join(differing[:8])
-            + ". Use a new --out or the old values"
-        )
+def draw_world(recipe: Recipe, out: Path) -> None:
+    """Draw the recipe's world, if it has one, into OUT/world, unless it is there."""
+    if recipe.world and not (out / "world").is_dir():
+        settings, scenes = asdict(recipe.world), recipe.world.scenes
+        with bar("draw the world", scenes) as advance:
+            settings["progress"] = lambda done, total: advance(done * scenes // total)
+            write_folder(out / "world", lambda partial: write_world(partial, **settings), flush=False)
 
 
 def _make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
     learns = any("vision_tower" in stage.train for stage in recipe.stages)
-    # The tower's layers past the selected one never get a gradient.
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if learns else None
     accelerator = Accelerator(
         mixed_precision="bf16" if recipe.precision == "bf16" else "no",
         log_with=list(recipe.trackers) or None,
         project_dir=str(out / "trackers"),
-        kwargs_handlers=handlers,
+        # The tower's layers past the selected one never get a gradient.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=learns)],
     )
     accelerator.init_trackers(recipe.name)
     return accelerator
 
 
-def draw_world(recipe: Recipe, out: Path) -> None:
-    """Draw the recipe's world, if it has one, into OUT/world, unless it is there."""
-    if recipe.world is None or (out / "world").is_dir():
+def _run_stage(run: Run, stage: StageConfig, before: StageConfig | None) -> None:
+    """Bring a stage to its end and pipeline.json up to date; UserError where it was begun under another fingerprint."""
+    fingerprint, entry = _fingerprint(run, stage, before), run.ledger.get(stage.name)
+    if entry and (changed := [key for key in fingerprint if entry["fingerprint"].get(key) != fingerprint[key]]):
+        raise UserError(
+            f"stage {stage.name} in {run.out} was begun with another {', '.join(changed)}; use a new --out, or put back "
+            "what was changed"
+        )
+    if entry and entry["state"] == "done":
+        say(f"stage {stage.name}: done, skipped")
         return
-    world = recipe.world
-    partial = out / ".partial-world"
-    shutil.rmtree(partial, ignore_errors=True)
-    settings, scenes = dataclasses.asdict(world), world.scenes
-    with bar("draw the world", scenes) as advance:
-        write_world(partial, **settings, progress=lambda done, total: advance(done * scenes // total))
-    partial.rename(out / "world")
+    run.note(stage, state="running", fingerprint=fingerprint)
+    run.note(stage, state="done", fingerprint=fingerprint, **_train(run, stage, before))
+    run.accelerator.wait_for_everyone()
 
 
-def _check_batches(run: Run) -> None:
-    """Refuse before the first model is loaded what could only fail later."""
-    for stage in run.recipe.stages:
-        total_steps(sum(round(weight * len(run.samples[name])) for name, weight in stage.sources.items()), stage)
-        shard_of(run.recipe, stage.name, rank=0, world_size=run.accelerator.num_processes)
-
-
-def _fingerprint(run: Run, index: int, ledger: _Ledger) -> dict[str, str]:
+def _fingerprint(run: Run, stage: StageConfig, before: StageConfig | None) -> dict[str, str]:
     """What decides a stage's result, each part hashed by itself so that a change can be named."""
-    recipe, stage = run.recipe, run.recipe.stages[index]
-    sources, student = [recipe.data[name] for name in stage.sources], recipe.student
+    recipe, student, sources = run.recipe, run.recipe.student, [run.recipe.data[name] for name in stage.sources]
+    start = student.vision_tower, student.language_model
     parts: dict[str, Any] = {
-        "recipe": [dataclasses.asdict(stage), *map(dataclasses.asdict, sources), recipe.seed, recipe.precision],
+        "recipe": [asdict(stage), *map(asdict, sources), recipe.seed, recipe.precision],
         "data": [_contents(source.path, "**/*") for source in sources],
-        "start": [dataclasses.asdict(student), *map(_weights, (student.vision_tower, student.language_model))],
+        "start": run.ledger[before.name]["fingerprint"] if before else [asdict(student), *map(_contents, start)],
     }
-    if index:
-        parts["start"] = ledger.stages[recipe.stages[index - 1].name]["fingerprint"]
     if stage.losses.distils and recipe.teacher:
-        parts["teacher"] = [dataclasses.asdict(recipe.teacher), _weights(recipe.teacher.path)]
+        parts["teacher"] = [asdict(recipe.teacher), _contents(recipe.teacher.path)]
     return {key: _digest(value) for key, value in parts.items()}
 
 
@@ -207,51 +148,44 @@ def _digest(value: Any) -> str:
 
 
 def _contents(source: str, *forms: str) -> list[str]:
-    """Digests of a file, or of those in a folder; a hub name stands for itself."""
-    path = Path(source)
-    files = [path] if path.is_file() else sorted(file for form in forms for file in path.glob(form) if file.is_file())
-    return [file_digest(file) for file in files] or [source]
+    """Digests of a file, or of those in a folder, where no forms are given a model's; a hub name stands for itself."""
+    path, forms = Path(source), forms or ("config.json", "*.safetensors", "*.bin")
+    found = [path] if path.is_file() else [file for form in forms for file in path.glob(form)]
+    return [file_digest(file) for file in sorted(found) if file.is_file()] or [source]
 
 
-def _weights(source: str) -> list[str]:
-    return _contents(source, "config.json", "*.safetensors", "*.bin")
-
-
-def _run_one(run: Run, index: int) -> dict[str, Any]:
+def _train(run: Run, stage: StageConfig, before: StageConfig | None) -> dict[str, Any]:
     """Train one stage and write its model; returns what pipeline.json says of it."""
-    recipe, stage, accelerator = run.recipe, run.recipe.stages[index], run.accelerator
-    if index:
-        student = load_student(str(run.model_folder(recipe.stages[index - 1])))
-    else:
-        student = build_student(recipe.student, seed=recipe.seed)
+    recipe, accelerator, folder = run.recipe, run.accelerator, run.out / stage.name
+    start = str(run.out / before.name / "model") if before else None
+    student = load_student(start) if start else build_student(recipe.student, seed=recipe.seed)
     student.train_only(stage.train)
     teacher = load_teacher(recipe.teacher) if stage.losses.distils and recipe.teacher else None
     pair = align(student, teacher) if teacher else None
     if pair and accelerator.is_main_process:
         say(pair.note)
-    dataset = _dataset(run, stage, student, pair, teacher)
-    if recipe.gradient_checkpointing:
-        student.model.gradient_checkpointing_enable()
     module = StudentModule(student, stage, pair.vocab_size if pair else None)
     module, optimizer = accelerator.prepare(module, build_optimizer(module, stage))
     if teacher:
         teacher.model.to(accelerator.device)
+    learning: dict[str, Any] = {"module": module, "optimizer": optimizer}
+    state = TrainState(accelerator=accelerator, **learning, student=student, teacher=teacher, pair=pair, stage=stage)
+    dataset = _dataset(run, state)
+    if recipe.gradient_checkpointing:
+        student.model.gradient_checkpointing_enable()
     student.model.train()
-    parts: dict[str, Any] = {"module": module, "optimizer": optimizer, "student": student, "teacher": teacher}
-    state = TrainState(accelerator=accelerator, pair=pair, stage=stage, **parts)
-    (run.out / stage.name).mkdir(exist_ok=True)
-    progress = run_stage(state, dataset, recipe, run.out / stage.name)
+    folder.mkdir(exist_ok=True)
+    progress = run_stage(state, dataset, recipe, folder)
     if accelerator.is_main_process:
         template = recipe.data[next(iter(stage.sources))].template
-        write_folder(run.model_folder(stage), lambda partial: save_model(student, partial, template=template))
+        write_folder(folder / "model", lambda partial: save_model(student, partial, template=template))
     accelerator.free_memory()
     return {"steps": progress.step, "train_seconds": progress.seconds, **progress.counted}
 
 
-def _dataset(
-    run: Run, stage: StageConfig, student: VisionLanguageModel, pair: Pair | None, teacher: VisionLanguageModel | None
-) -> RowDataset:
-    pictured = {name for name in stage.sources if run.recipe.cache_features and (run.samples[name].lengths > 0).any()}
+def _dataset(run: Run, state: TrainState) -> RowDataset:
+    recipe, stage, student, pair = run.recipe, state.stage, state.student, state.pair
+    pictured = {name for name in stage.sources if recipe.cache_features and (run.samples[name].lengths > 0).any()}
     if pictured and ("vision_tower" in stage.train or (pair and not pair.shared_tower)):
         raise UserError(
             f"cache_features: stage {stage.name} needs pixels, for its vision tower learns or the teacher's differs; "
@@ -259,82 +193,70 @@ def _dataset(
         )
     sources = []
     for name, weight in stage.sources.items():
-        samples, data = run.samples[name], run.recipe.data[name]
         with run.accelerator.main_process_first():
             store = _feature_store(run, name, student) if name in pictured else None
+        samples, data = run.samples[name], recipe.data[name]
         renderer = student.renderer(data)
         sources.append(Source(samples=samples, renderer=renderer, data=data, store=store, weight=weight))
-    own = teacher.image_processor if teacher and pair and not pair.shared_pixels else None
-    pixels = {"image_processor": student.image_processor, "teacher_processor": own}
-    return RowDataset(sources, **pixels, seed=run.recipe.seed)
+    own = state.teacher.image_processor if state.teacher and pair and not pair.shared_pixels else None
+    return RowDataset(sources, image_processor=student.image_processor, teacher_processor=own, seed=recipe.seed)
 
 
 @torch.no_grad()
 def _feature_store(run: Run, source: str, student: VisionLanguageModel) -> FeatureStore:
     """Features of a source's pictures, encoded once; keyed by tower, processor and picture names."""
-    data, accelerator = run.recipe.data[source], run.accelerator
+    data, accelerator, processor = run.recipe.data[source], run.accelerator, student.image_processor
     names = sorted({name for sample in run.samples[source] for name in sample.images})
-    tower, processor = student.parts()["vision_tower"], student.image_processor
-    weights = [hashlib.sha256(weight.cpu().numpy()).hexdigest() for weight in tower.state_dict().values()]
+    tower = student.parts()["vision_tower"].state_dict().values()
+    weights = [hashlib.sha256(weight.cpu().numpy()).hexdigest() for weight in tower]
     key = _digest([data.images or data.path, names, processor.to_dict(), weights])  # one store for all of one set
     path = run.out / "features" / f"{key[:16]}.safetensors"
     if not path.is_file():
-        tower.to(accelerator.device)
         parts = []
-        with bar(f"encode pictures of {source}", len(names)) as advance:
+        with bar(f"encode pictures of {source}", len(names)) as advance, accelerator.autocast():
             for start in range(0, len(names), 64):
                 pixels = load_pixels(data, names[start : start + 64], processor).to(accelerator.device)
-                with accelerator.autocast():
-                    parts.append(vision_features(student.model, pixels).float().cpu())
+                parts.append(vision_features(student.model, pixels).float().cpu())
                 advance(min(start + 64, len(names)))
         save_features(path, names, torch.cat(parts))
     return FeatureStore(path)
 
 
-def _results(run: Run, ledger: _Ledger) -> dict[str, Any]:
-    """What results.json holds: the student's row, and the teacher's where there is one."""
-    recipe, evaluation = run.recipe, run.recipe.evaluation
-    rows: list[dict[str, Any]] = []
-    if evaluation is not None:
-        done = [ledger.stages[stage.name] for stage in recipe.stages]
-        cost = {key: sum(entry[key] for entry in done) for key in ("steps", "train_seconds", "tokens")}
-        if recipe.teacher and evaluation.teacher:
-            rows.append(_evaluate(run, evaluation, recipe.teacher, "teacher") | dict.fromkeys(cost))
-        student = TeacherConfig(path=str(run.model_folder(recipe.stages[-1])), dtype="float32")
-        compared = recipe.teacher if any(stage.losses.distils for stage in recipe.stages) else None
-        rows.append(_evaluate(run, evaluation, student, recipe.name, compared) | cost)
-    return {"rows": rows, "environment": environment(run.accelerator)}
+def _rows(run: Run, evaluation: EvaluationConfig) -> list[dict[str, Any]]:
+    """The rows of results.json: the teacher's, where there is one, and the student's."""
+    recipe, rows = run.recipe, []
+    done = [run.ledger[stage.name] for stage in recipe.stages]
+    cost = {key: sum(entry[key] for entry in done) for key in ("steps", "train_seconds", "tokens")}
+    if recipe.teacher and evaluation.teacher:
+        rows.append(_evaluate(run, evaluation, "teacher", recipe.teacher) | dict.fromkeys(cost))
+    student = TeacherConfig(path=str(run.out / recipe.stages[-1].name / "model"), dtype="float32")
+    compared = [recipe.teacher] if recipe.teacher and any(stage.losses.distils for stage in recipe.stages) else []
+    return [*rows, _evaluate(run, evaluation, recipe.name, student, *compared) | cost]
 
 
-def _evaluate(
-    run: Run, evaluation: EvaluationConfig, source: TeacherConfig, name: str, compared: TeacherConfig | None = None
-) -> dict[str, Any]:
-    """Scores of one model, beside `compared`; read back where the same weights answered the same file before."""
+def _evaluate(run: Run, evaluation: EvaluationConfig, name: str, *models: TeacherConfig) -> dict[str, Any]:
+    """Scores of the first model, beside the second; read back where the same weights answered the same file before."""
     data, place = run.recipe.data[evaluation.data], run.out / "evaluation"
-    configs = [config for config in (source, compared) if config]
-    weights = [[_weights(config.path), config.dtype] for config in configs]
-    asked = [_contents(data.path, "**/*"), dataclasses.asdict(data), dataclasses.asdict(evaluation)]
-    key, kept = _digest([weights, asked]), place / name / "scores.json"
+    weights = [[_contents(model.path), model.dtype] for model in models]
+    key = _digest([weights, [_contents(data.path, "**/*"), asdict(data), asdict(evaluation)]])
+    kept = place / name / "scores.json"
     if kept.is_file() and (stored := json.loads(kept.read_text(encoding="utf-8")))["key"] == key:
         return stored["row"]
-    model, *teacher = [load_teacher(config) for config in configs]
-    for loaded in (model, *teacher):
+    model, *others = map(load_teacher, models)
+    for loaded in (model, *others):
         loaded.model.to(run.accelerator.device)
-    followed = teacher[0] if teacher else None
-    scores = evaluate_model(model, run.samples[evaluation.data], data, evaluation, place, name=name, teacher=followed)
+    teacher, samples = next(iter(others), None), run.samples[evaluation.data]
+    scores = evaluate_model(model, samples, data, evaluation, place, name=name, teacher=teacher)
     row = {"seed": run.recipe.seed, **scores}
     write_text(kept, json.dumps({"key": key, "row": row}))
     return row
 
 
-def environment(accelerator: Accelerator) -> dict[str, str]:
-    """Versions and device, for results.json."""
+def _environment(accelerator: Accelerator) -> dict[str, str]:
     cuda = accelerator.device.type == "cuda"
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
+        **{package: version(package) for package in ("torch", "transformers", "accelerate")},
         "processes": str(accelerator.num_processes),
         "device": torch.cuda.get_device_name() if cuda else f"cpu x {torch.get_num_threads()} threads",
     }

@@ -6,21 +6,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llavakd.config import DataConfig, Recipe, resolve_paths
+import yaml
+
+from llavakd.config import DataConfig, Recipe, differing_keys, dump_recipe, resolve_paths
 from llavakd.data.check import Reader, check_source
 from llavakd.data.files import DataError
 from llavakd.data.samples import Samples, too_many
+from llavakd.errors import UserError
 from llavakd.models.alignment import align
 from llavakd.models.student import VisionLanguageModel, outline_folder, outline_student
 from llavakd.progress import bar, say
+from llavakd.train.checkpoint import write_text
+from llavakd.train.loop import shard_of, total_steps
 
 _TRIED = 2000  # rows of a source that are rendered before a run starts
 
 
-def used_sources(recipe: Recipe) -> list[str]:
-    """Names of the data sources that stages and evaluation read."""
+def used_sources(recipe: Recipe) -> dict[str, DataConfig]:
+    """The data sources that stages and evaluation read, by name."""
     names = [name for stage in recipe.stages for name in stage.sources]
-    return list(dict.fromkeys(names + ([recipe.evaluation.data] if recipe.evaluation else [])))
+    return {name: recipe.data[name] for name in names + ([recipe.evaluation.data] if recipe.evaluation else [])}
 
 
 def readers_of(recipe: Recipe) -> list[VisionLanguageModel]:
@@ -33,10 +38,25 @@ def readers_of(recipe: Recipe) -> list[VisionLanguageModel]:
     return [student] if align(student, teacher).shared_pixels and len(words) == 1 else [student, teacher]
 
 
-def check_before_training(recipe: Recipe, samples: Mapping[str, Samples]) -> None:
-    """The check that takes seconds: the pair, and whether a spread of every source's rows renders; UserError if not."""
+def claim_folder(recipe: Recipe, out: Path) -> None:
+    """Write OUT/recipe.yaml, or refuse with UserError a folder that belongs to another recipe."""
+    path, text = out / "recipe.yaml", dump_recipe(recipe)
+    if not path.is_file():
+        write_text(path, text)
+    elif differing := differing_keys(yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(text)):
+        raise UserError(
+            f"{out} holds a run of another recipe; these keys differ: {'; '.join(differing[:8])}. "
+            "Use a new --out or the old values"
+        )
+
+
+def check_before_training(recipe: Recipe, samples: Mapping[str, Samples], processes: int) -> None:
+    """The check that takes seconds: batches, the pair, whether a spread of every source's rows renders; UserError."""
+    for stage in recipe.stages:
+        total_steps(sum(round(weight * len(samples[name])) for name, weight in stage.sources.items()), stage)
+        shard_of(recipe, stage.name, rank=0, world_size=processes)
     student, *_ = readers_of(recipe)
-    for name in {name: None for stage in recipe.stages for name in stage.sources}:
+    for name in dict.fromkeys(name for stage in recipe.stages for name in stage.sources):
         for mistake in samples[name].mistakes:
             say(f"left out: {mistake}")
         tried = samples[name][:: max(1, len(samples[name]) // _TRIED)]
@@ -50,7 +70,7 @@ def check_recipe(recipe: Recipe, out: Path, **options: Any) -> dict[str, dict[st
     """The whole check of every source of a recipe whose run is or will be in `out`; the rest as `check_source`."""
     recipe = resolve_paths(recipe, out)
     models = readers_of(recipe)
-    return {name: check_data(name, recipe.data[name], models, **options) for name in used_sources(recipe)}
+    return {name: check_data(name, data, models, **options) for name, data in used_sources(recipe).items()}
 
 
 def check_data(name: str, data: DataConfig, models: list[VisionLanguageModel], **options: Any) -> dict[str, Any]:

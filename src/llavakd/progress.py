@@ -26,13 +26,8 @@ def say(text: str) -> None:
 
 @contextmanager
 def bar(label: str, total: int, *, shown: bool = True) -> Iterator[Callable[..., None]]:
-    """Progress over `total` steps; `shown=False` (other processes of a run) keeps silent.
-
-    Yields `advance(done, note="")`, which moves the bar to `done` and shows `note` beside it.
-    """
-    if not shown:
-        yield lambda done, note="": None
-    elif sys.stderr.isatty():
+    """Yield `advance(done, note="")`, which moves a bar of `total` steps to `done` with a note; silent unless shown."""
+    if shown and sys.stderr.isatty():
         counts = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress("{task.description}", *counts, "{task.fields[note]}", console=_console) as progress:
             task = progress.add_task(label, total=total, note="")
@@ -42,7 +37,7 @@ def bar(label: str, total: int, *, shown: bool = True) -> Iterator[Callable[...,
 
         def line(done: int, note: str = "") -> None:
             nonlocal last
-            if done == total or time.monotonic() - last > _SECONDS_BETWEEN_LINES:
+            if shown and (done == total or time.monotonic() - last > _SECONDS_BETWEEN_LINES):
                 last = time.monotonic()
                 say(f"{label} {done}/{total} {note}")
 

@@ -16,12 +16,8 @@ RECIPE = Path(__file__).parent / "assets" / "shapes" / "quickstart.yaml"
 
 
 def run_quickstart(out: Path) -> dict[str, Any]:
-    """Run OUT/pt-sft-sft and OUT/dpt-sft-dft (same start, data and steps) and report on both in OUT.
-
-    A second call goes on with what is there. Returns the merged results.json.
-    """
+    """Run, or go on with, OUT/pt-sft-sft and OUT/dpt-sft-dft (same start, data, steps); returns the merged results."""
     recipe = load_recipe(RECIPE)
-    out.mkdir(parents=True, exist_ok=True)
     draw_world(recipe, out)
     distilled = dataclasses.replace(resolve_paths(recipe, out), world=None)  # both runs read OUT/world
     runs = {twin.name: twin for twin in (control_twin(distilled), distilled)}

@@ -1,5 +1,6 @@
 """A stage that is told to stop stops after the step in progress, also when that step is the last."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -52,13 +53,15 @@ def start_stage(request, tiny, tmp_path):
 @pytest.mark.parametrize("last", [1, 3, 4])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_the_stage_after_its_step_and_the_next_start_goes_on(monkeypatch, start_stage, last, number):
-    steps = []
+    steps, tokens = [], []
 
     def step_with_signal(state, batches, *, step):
         steps.append(step)
         result = train_step(state, batches, step=step)
+        tokens.append(result.counted["tokens"])
         if step + 1 == last and len(steps) == last:
             os.kill(os.getpid(), number)
+            assert signal.getsignal(number) is before  # once more would stop at once
         return result
 
     train_step = loop.train_step
@@ -70,6 +73,7 @@ def test_a_signal_stops_the_stage_after_its_step_and_the_next_start_goes_on(monk
     progress = start_stage()
     assert progress.step == 4
     assert steps == [0, 1, 2, 3]
+    assert progress.counted["tokens"] == sum(tokens)
 
 
 @pytest.mark.parametrize("start_stage", [2], indirect=True)
@@ -91,3 +95,25 @@ def test_a_finished_stage_takes_no_further_step(monkeypatch, start_stage):
     first = start_stage()
     monkeypatch.setattr(loop, "train_step", None)
     assert start_stage() == first
+
+
+def test_every_step_is_logged_once_with_its_rate_also_after_a_sitting_that_logged_what_it_did_not_save(
+    monkeypatch, start_stage, tmp_path
+):
+    def step_until_killed(state, batches, *, step):
+        if step == 3:
+            raise RuntimeError("killed")
+        return train_step(state, batches, step=step)
+
+    train_step, metrics = loop.train_step, tmp_path / "metrics.jsonl"
+    monkeypatch.setattr(loop, "train_step", step_until_killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        start_stage()
+    whole = metrics.read_text()
+    assert [json.loads(line)["step"] for line in whole.splitlines()] == [1, 2, 3]  # of which two are saved
+    metrics.write_text(whole + whole[:40])
+    monkeypatch.setattr(loop, "train_step", train_step)
+    start_stage()
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [line["lr"] for line in lines] == pytest.approx([0.0, 1.0e-3, 0.75e-3, 0.25e-3])  # warm-up of one step

@@ -125,11 +125,10 @@ class _Looks(Dataset[Look]):
             except DataError as error:
                 look.wrong["picture"] = str(error)
                 continue
-            for picture in pictures:
-                if picture.size not in self.sizes:  # whether a processor can take a picture depends on nothing else
-                    self.sizes.add(picture.size)
-                    for reader in self.readers:
-                        reader.image_processor(images=[picture], return_tensors="pt")
+            new = {picture.size: picture for picture in pictures if picture.size not in self.sizes}
+            for reader in self.readers if new else ():  # whether it can take a picture depends on nothing else
+                reader.image_processor(images=[*new.values()], return_tensors="pt")
+            self.sizes.update(new)
         return looks
 
 

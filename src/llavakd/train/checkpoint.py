@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from llavakd.errors import UserError
 from llavakd.progress import say
@@ -20,8 +22,8 @@ from llavakd.progress import say
 _MANIFEST = "manifest.json"
 
 
-def write_folder(folder: Path, fill: Callable[[Path], Any]) -> Any:
-    """Let `fill` write into a fresh folder, move it to `folder` in one rename, and return what `fill` did."""
+def write_folder(folder: Path, fill: Callable[[Path], Any], *, flush: bool = True) -> Any:
+    """Let `fill` write a fresh folder, rename it to `folder`, return what `fill` did; unflushed, a power cut may tear it."""
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -30,11 +32,9 @@ def write_folder(folder: Path, fill: Callable[[Path], Any]) -> Any:
     except BaseException:
         shutil.rmtree(partial)
         raise
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
-    for path in files:
+    for path in partial.rglob("*") if flush else ():
         _flush(path)
-    if folder.exists():
-        shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     _flush(folder.parent)
     return done
@@ -54,9 +54,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_checkpoint(
-    folder: Path, *, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> None:
+def save_checkpoint(folder: Path, *, module: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Write FOLDER/step-N: the tensors that learn, the optimiser, `state` (with its `step`), and a manifest."""
 
     def fill(partial: Path) -> None:
@@ -71,25 +69,25 @@ def save_checkpoint(
 
 def newest_whole(folder: Path) -> Path | None:
     """The newest checkpoint whose every file matches its manifest; torn ones are named and passed over."""
-    for path in sorted(folder.glob("step-*"), key=_step_of, reverse=True):
-        if _is_whole(path):
-            return path
+    for path in _newest_first(folder):
+        with contextlib.suppress(OSError, ValueError):
+            digests = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+            if digests and all(file_digest(path / name) == digest for name, digest in digests.items()):
+                return path
         say(f"checkpoint {path} is torn; using the one before it")
     return None
 
 
-def load_checkpoint(path: Path, *, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore what `save_checkpoint` wrote, strictly, and return its `state`."""
+def load_checkpoint(path: Path, *, module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Restore what `save_checkpoint` wrote, strictly, and return its `state`; UserError where it is of another model."""
     stored, present = load_file(str(path / "learning.safetensors")), _learning(module)
-    if stored.keys() != present.keys():
-        names = sorted(stored.keys() ^ present.keys())
+    if names := sorted(stored.keys() ^ present.keys()):
         raise UserError(
             f"checkpoint {path} does not fit the model: {len(names)} tensors differ, first {names[0]!r}; "
             "use a new --out for another model"
         )
-    with torch.no_grad():
-        for name, tensor in present.items():
-            tensor.copy_(stored[name])
+    for name, tensor in present.items():
+        tensor.copy_(stored[name])
     rest = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")
     optimizer.load_state_dict(rest["optimizer"])
     torch.set_rng_state(rest["rng"])
@@ -98,26 +96,16 @@ def load_checkpoint(path: Path, *, module: nn.Module, optimizer: torch.optim.Opt
 
 def prune(folder: Path, *, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints and what an interrupted write left."""
-    for path in sorted(folder.glob("step-*"), key=_step_of, reverse=True)[keep:]:
+    for path in [*_newest_first(folder)[keep:], *folder.glob(".partial-*")]:
         shutil.rmtree(path)
-    for path in folder.glob(".partial-*"):
-        shutil.rmtree(path)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def _learning(module: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.data for name, parameter in module.named_parameters() if parameter.requires_grad}
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        digests = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        return bool(digests) and all(file_digest(path / name) == digest for name, digest in digests.items())
-    except (OSError, ValueError):
-        return False
 
 
 def _flush(path: Path) -> None:

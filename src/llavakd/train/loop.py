@@ -8,14 +8,13 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import reduce
 from torch.utils.data import DataLoader
 
 from llavakd.config import Recipe, StageConfig
@@ -49,17 +48,27 @@ def total_steps(rows: int, stage: StageConfig) -> int:
     return max(1, round(per_epoch * stage.epochs))
 
 
-def run_stage(state: TrainState, dataset: RowDataset, recipe: Recipe, folder: Path) -> Progress:
-    """Train one stage to its end, going on from its newest whole checkpoint.
+def shard_of(recipe: Recipe, stage_name: str, *, rank: int, world_size: int) -> Shard:
+    """This process's share of a global batch; raises UserError where it does not divide."""
+    stage = recipe.stage(stage_name)
+    micro = stage.micro_batch_size or max(1, stage.global_batch_size // world_size)
+    if stage.global_batch_size % (micro * world_size):
+        raise UserError(
+            f"stage {stage_name}: global_batch_size {stage.global_batch_size} is not a multiple of {world_size} "
+            f"processes x micro_batch_size {micro}; change one of them"
+        )
+    return Shard(rank=rank, world_size=world_size, micro_batch_size=micro)
 
-    Raises Interrupted after Ctrl-C or SIGTERM, once the step is saved, and DataError after too many rows left out.
-    """
-    stage, accelerator = state.stage, state.accelerator
-    steps = total_steps(len(dataset), stage)
-    progress = _restore(state, folder)
+
+def run_stage(state: TrainState, dataset: RowDataset, recipe: Recipe, folder: Path) -> Progress:
+    """Train a stage to its end, from its newest checkpoint on; raises Interrupted, once saved, and UserError."""
+    stage, accelerator, main = state.stage, state.accelerator, state.accelerator.is_main_process
+    steps, checkpoints = total_steps(len(dataset), stage), folder / "checkpoints"
+    learning: dict[str, Any] = {"module": accelerator.unwrap_model(state.module), "optimizer": state.optimizer}
+    found = newest_whole(checkpoints)
+    progress = Progress(**load_checkpoint(found, **learning)) if found else Progress()
     shard = shard_of(recipe, stage.name, rank=accelerator.process_index, world_size=accelerator.num_processes)
     accumulation = stage.global_batch_size // (shard.micro_batch_size * shard.world_size)
-    main = accelerator.is_main_process
     if main:
         say(
             f"stage {stage.name}: {steps} steps of {stage.global_batch_size} rows = {shard.world_size} processes x "
@@ -68,32 +77,33 @@ def run_stage(state: TrainState, dataset: RowDataset, recipe: Recipe, folder: Pa
             + (f"; resuming after step {progress.step}" if progress.step else "")
         )
         _drop_later_metrics(folder / "metrics.jsonl", progress.step)
-    batches = _batches(dataset, recipe, state, shard, progress.step, steps)
+    order: dict[str, Any] = {"global_batch_size": stage.global_batch_size, "grouping": stage.grouping}
+    sampler = MicroBatches(dataset.lengths, **order, seed=recipe.seed, shard=shard, start=progress.step, steps=steps)
+    batches = _batches(dataset, sampler, recipe, state)
     window: list[StepResult] = []
-    logged = time.perf_counter()
-    started = logged - progress.seconds
-    with bar(stage.name, steps, shown=main) as advance, _stop_signals() as stopped:
+    started, logged = time.perf_counter() - progress.seconds, progress.seconds
+    with bar(stage.name, steps, shown=main) as advance, _stop_signals(accelerator):
         while progress.step < steps:
-            set_learning_rate(state.optimizer, rate := learning_rate(progress.step, steps=steps, stage=stage))
+            set_learning_rate(state.optimizer, learning_rate(progress.step, steps=steps, stage=stage))
             micro_batches = [next(batches) for _ in range(accumulation)]
             window.append(train_step(state, micro_batches, step=progress.step))
             progress.step += 1
-            _add_up(progress, window[-1].counted, micro_batches, recipe.max_bad_rows, steps * stage.global_batch_size)
             progress.seconds = time.perf_counter() - started
+            _add_up(progress, window[-1].counted, micro_batches, recipe.max_bad_rows, steps * stage.global_batch_size)
             if progress.step % recipe.log_every == 0 or progress.step == steps:
-                means = _means(window, time.perf_counter() - logged)
-                window, logged = [], time.perf_counter()
                 if main:
-                    _log(folder, accelerator, stage.name, progress, rate, means)
-                advance(progress.step, f"loss {means['loss']:.3f}")
-            stopping = _any_rank(accelerator, bool(stopped))
+                    loss = _log(state, folder, progress, window, progress.seconds - logged)
+                    advance(progress.step, f"loss {loss:.3f}")
+                window, logged = [], progress.seconds
+            stopping = accelerator.check_trigger()  # on all processes after the same step
             if stopping or progress.step % recipe.save_every == 0 or progress.step == steps:
-                _save(state, folder, progress)
+                if main:
+                    save_checkpoint(checkpoints, **learning, state=vars(progress))
+                    prune(checkpoints, keep=2)
+                accelerator.wait_for_everyone()
             if stopping:
-                raise Interrupted(
-                    f"stage {stage.name} stopped after step {progress.step} of {steps}; "
-                    "the same command goes on from there"
-                )
+                said = f"stage {stage.name} stopped after step {progress.step} of {steps}"
+                raise Interrupted(f"{said}; the same command goes on from there")
     return progress
 
 
@@ -107,37 +117,31 @@ def _add_up(progress: Progress, counted: dict[str, int], batches: list[Batch], a
         raise too_many(mistakes, progress.counted["left_out"], rows, allowed)
 
 
-def _means(window: list[StepResult], seconds: float) -> dict[str, float]:
-    """Over the steps since the last line of metrics.jsonl; only now is anything read off the device."""
-    values = [{"loss": one.loss, **one.parts, "grad_norm": one.grad_norm} for one in window]
-    means = {name: float(torch.stack([one[name].float() for one in values]).mean()) for name in values[0]}
-    return means | {"tokens_per_s": sum(one.counted["tokens"] for one in window) / seconds}
+def _log(state: TrainState, folder: Path, progress: Progress, window: list[StepResult], seconds: float) -> float:
+    """Means over the steps since the last line of metrics.jsonl, and their loss; only now is the device read."""
+    accelerator, stage = state.accelerator, state.stage.name
+    steps = [{"loss": one.loss, **one.parts, "grad_norm": one.grad_norm} for one in window]
+    means = {name: float(torch.stack([one[name].float() for one in steps]).mean()) for name in steps[0]}
+    tokens, cuda = sum(one.counted["tokens"] for one in window), accelerator.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+    means |= {"tokens_per_s": tokens / seconds, "lr": state.optimizer.param_groups[0]["lr"], "memory_gib": peak / 2**30}
+    means |= {name: progress.counted[name] for name in ("truncated", "left_out")}
+    values = {name: round(value, 8) for name, value in means.items()}
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"stage": stage, "step": progress.step, **values}) + "\n")
+    accelerator.log({f"{stage}/{name}": value for name, value in values.items()}, step=progress.step)
+    return values["loss"]
 
 
-def shard_of(recipe: Recipe, stage_name: str, *, rank: int, world_size: int) -> Shard:
-    """This process's share of a global batch; raises UserError where it does not divide."""
-    stage = recipe.stage(stage_name)
-    micro = stage.micro_batch_size or max(1, stage.global_batch_size // world_size)
-    if stage.global_batch_size % (micro * world_size):
-        raise UserError(
-            f"stage {stage_name}: global_batch_size {stage.global_batch_size} is not a multiple of {world_size} "
-            f"processes x micro_batch_size {micro}; change one of them"
-        )
-    return Shard(rank=rank, world_size=world_size, micro_batch_size=micro)
+def _drop_later_metrics(path: Path, step: int) -> None:
+    """A killed sitting may have logged past its last checkpoint, and its last line may be torn."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        write_text(path, "".join(kept))
 
 
-def _batches(
-    dataset: RowDataset, recipe: Recipe, state: TrainState, shard: Shard, start: int, steps: int
-) -> Iterator[Batch]:
-    sampler = MicroBatches(
-        dataset.lengths,
-        global_batch_size=state.stage.global_batch_size,
-        grouping=state.stage.grouping,
-        seed=recipe.seed,
-        shard=shard,
-        start=start,
-        steps=steps,
-    )
+def _batches(dataset: RowDataset, sampler: MicroBatches, recipe: Recipe, state: TrainState) -> Iterator[Batch]:
     # A generator of its own: drawing worker seeds must not move the training's random state.
     loader: DataLoader[Any] = DataLoader(
         dataset,
@@ -148,15 +152,7 @@ def _batches(
         pin_memory=state.accelerator.device.type == "cuda",
         worker_init_fn=_ignore_interrupt,
     )
-    return _plain_errors(iter(loader))
-
-
-def _plain_errors(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The same batches; an error of the user's that a worker met loses the traceback that torch writes into its text."""
-    try:
-        yield from batches
-    except UserError as error:
-        raise type(error)(str(error).strip().rpartition(f"{type(error).__name__}: ")[2]) from None
+    return iter(loader)
 
 
 def _ignore_interrupt(worker: int) -> None:
@@ -164,77 +160,17 @@ def _ignore_interrupt(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _any_rank(accelerator: Any, flag: bool) -> bool:
-    """Whether any process raised its flag: all must stop after the same step."""
-    if accelerator.num_processes == 1:
-        return flag
-    return bool(reduce(torch.tensor(int(flag), device=accelerator.device), "sum").item())
-
-
-def _restore(state: TrainState, folder: Path) -> Progress:
-    found = newest_whole(folder / "checkpoints")
-    if found is None:
-        return Progress()
-    module = state.accelerator.unwrap_model(state.module)
-    return Progress(**load_checkpoint(found, module=module, optimizer=state.optimizer))
-
-
-def _save(state: TrainState, folder: Path, progress: Progress) -> None:
-    if state.accelerator.is_main_process:
-        checkpoints = folder / "checkpoints"
-        save_checkpoint(
-            checkpoints,
-            module=state.accelerator.unwrap_model(state.module),
-            optimizer=state.optimizer,
-            state=vars(progress),
-        )
-        prune(checkpoints, keep=2)
-    state.accelerator.wait_for_everyone()
-
-
-def _log(folder: Path, accelerator: Any, stage: str, progress: Progress, rate: float, means: dict[str, float]) -> None:
-    memory = torch.cuda.max_memory_allocated() / 2**30 if accelerator.device.type == "cuda" else _resident_gib()
-    rows = {name: progress.counted[name] for name in ("truncated", "left_out")}
-    values = {name: round(value, 8) for name, value in (means | {"lr": rate, "memory_gib": memory} | rows).items()}
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"stage": stage, "step": progress.step, **values}) + "\n")
-    accelerator.log({f"{stage}/{name}": value for name, value in values.items()}, step=progress.step)
-
-
-def _resident_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _drop_later_metrics(path: Path, step: int) -> None:
-    """A killed sitting may have logged past its last checkpoint, and its last line may be torn."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
-            break
-    write_text(path, "".join(kept))
-
-
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """The first SIGINT or SIGTERM is remembered (the list is no longer empty); a second one acts as usual."""
-    received: list[int] = []
-    previous: dict[int, Any] = {}
+def _stop_signals(accelerator: Any) -> Iterator[None]:
+    """The first SIGINT or SIGTERM pulls the accelerator's trigger; a second one acts as usual."""
+    with ExitStack() as usual:
 
-    def note(number: int, _frame: Any) -> None:
-        received.append(number)
-        signal.signal(number, previous[number])
-        say("stopping after this step; once more to stop at once")
+        def note(_number: int, _frame: Any) -> None:
+            usual.close()
+            accelerator.set_trigger()
+            say("stopping after this step; once more to stop at once")
 
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    for number in (int(signal.SIGINT), int(signal.SIGTERM)) if in_main_thread else ():
-        previous[number] = signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                usual.callback(signal.signal, number, signal.signal(number, note))
+        yield

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from llavakd.config import StageConfig
@@ -30,8 +30,7 @@ class StudentModule(nn.Module):
     def __init__(self, student: VisionLanguageModel, stage: StageConfig, vocab_size: int | None) -> None:
         super().__init__()
         self.model = student.model
-        self.stage = stage
-        self.vocab_size = vocab_size
+        self.aims: dict[str, Any] = {"losses": stage.losses, "reduction": stage.reduction, "vocab_size": vocab_size}
 
     def forward(
         self, batch: Batch, features: Tensor | None, taught: Tensor | None, teacher_head: Tensor | None, counts: Counts
@@ -41,27 +40,12 @@ class StudentModule(nn.Module):
         if features is None and batch.pixel_values is not None:
             features = vision_features(self.model, batch.pixel_values)
         hidden = final_hidden(self.model, batch.input_ids, batch.attention_mask, visual, features)
-        result = objective(
-            hidden,
-            self.model.lm_head.weight,
-            taught,
-            teacher_head,
-            labels=batch.labels,
-            visual=visual,
-            image_rows=batch.image_rows,
-            losses=self.stage.losses,
-            reduction=self.stage.reduction,
-            counts=counts,
-            vocab_size=self.vocab_size,
-        )
+        rows: dict[str, Any] = {"labels": batch.labels, "visual": visual, "image_rows": batch.image_rows}
+        result = objective(hidden, self.model.lm_head.weight, taught, teacher_head, counts=counts, **rows, **self.aims)
         if features is None:  # text-only micro-batch: picture parts get a gradient of zero, the same on every rank
-            idle = [
-                p
-                for part in (self.model.model.multi_modal_projector, self.model.model.vision_tower)
-                for p in part.parameters()
-                if p.requires_grad
-            ]
-            result = result._replace(total=result.total + sum(0.0 * p.sum() for p in idle))
+            inner = self.model.model
+            pictured = [*inner.multi_modal_projector.parameters(), *inner.vision_tower.parameters()]
+            result = result._replace(total=result.total + sum(0.0 * p.sum() for p in pictured if p.requires_grad))
         return result
 
 
@@ -78,8 +62,7 @@ class TrainState:
     stage: StageConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
+class StepResult(NamedTuple):
     """Of one step, already global: detached scalars, and numbers of live tokens, truncated and left-out rows."""
 
     loss: Tensor
@@ -92,19 +75,15 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch], *, step: int) 
     """Forward and backward over this rank's micro-batches, clip, update; NonFiniteError before anything is updated."""
     accelerator = state.accelerator
     counts, counted = _count(accelerator, micro_batches)
-    outputs = []
-    for index, batch in enumerate(micro_batches):
-        last = index == len(micro_batches) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(state.module):
+    sums: dict[str, Any] = {}
+    for number, batch in enumerate(micro_batches, start=1):
+        with contextlib.nullcontext() if number == len(micro_batches) else accelerator.no_sync(state.module):
             result = _forward(state, batch.to(accelerator.device), counts)
             # Wrappers average gradients over processes; the division is already global, so undo it here, once.
             accelerator.backward(result.total * accelerator.num_processes)
-        outputs.append({"loss": result.total.detach(), **result.parts})
-    sums = {
-        name: sum((output[name] for output in outputs), torch.zeros((), device=accelerator.device))
-        for name in outputs[0]
-    }
-    sums = reduce(sums, "sum") if accelerator.num_processes > 1 else sums
+        for name, value in {"loss": result.total.detach(), **result.parts}.items():
+            sums[name] = sums.get(name, 0) + value
+    sums = accelerator.reduce(sums)
     grad_norm = accelerator.clip_grad_norm_(state.module.parameters(), state.stage.max_grad_norm)
     if not torch.isfinite(grad_norm):
         rows = ", ".join(name for batch in micro_batches for name in batch.sample_ids[:4])
@@ -119,38 +98,27 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch], *, step: int) 
 
 
 def _forward(state: TrainState, batch: Batch, counts: Counts) -> Objective:
-    features = batch.features
+    features, pixels, teacher, taught = batch.features, batch.pixel_values, state.teacher, None
     tower_learns = "vision_tower" in state.stage.train
-    if features is None and batch.pixel_values is not None and not tower_learns:
-        with torch.no_grad(), state.accelerator.autocast():
-            features = vision_features(state.student.model, batch.pixel_values)
-    taught = head = None
-    if state.teacher is not None and state.pair is not None:
-        head = state.teacher.head
-        teacher_features = features
-        if batch.pixel_values is not None and (tower_learns or not state.pair.shared_tower):
-            pixels = batch.pixel_values if state.pair.shared_pixels else batch.teacher_pixel_values
-            assert pixels is not None, "the teacher has another image processor, but the batch lacks its pixels"
-            with torch.no_grad():
-                teacher_features = vision_features(state.teacher.model, pixels.to(state.teacher.model.dtype))
-        visual = batch.segments == Segment.VISUAL
-        taught = final_hidden(state.teacher.model, batch.input_ids, batch.attention_mask, visual, teacher_features)
-    return state.module(batch, features, taught, head, counts)
+    with torch.no_grad():
+        if features is None and pixels is not None and not tower_learns:
+            with state.accelerator.autocast():
+                features = vision_features(state.student.model, pixels)
+        if teacher and state.pair:
+            seen, visual = features, batch.segments == Segment.VISUAL
+            if pixels is not None and (tower_learns or not state.pair.shared_tower):
+                own = pixels if state.pair.shared_pixels else batch.teacher_pixel_values
+                assert own is not None, "the teacher has another image processor, but the batch lacks its pixels"
+                seen = vision_features(teacher.model, own.to(teacher.model.dtype))
+            taught = final_hidden(teacher.model, batch.input_ids, batch.attention_mask, visual, seen)
+    return state.module(batch, features, taught, teacher.head if teacher else None, counts)
 
 
 def _count(accelerator: Accelerator, micro_batches: Sequence[Batch]) -> tuple[Counts, dict[str, int]]:
     """Counts of the global batch, and those of StepResult, over all micro-batches and ranks."""
-    local = [
-        (
-            *count(batch.labels, batch.segments == Segment.VISUAL, batch.image_rows),
-            int(batch.attention_mask.sum()) - len(batch.mistakes),
-            batch.truncated,
-            len(batch.mistakes),
-        )
-        for batch in micro_batches
-    ]
-    totals = torch.tensor(local, device=accelerator.device).sum(0)
-    if accelerator.num_processes > 1:
-        totals = reduce(totals, "sum")
-    samples, *counts, tokens, truncated, left_out = totals.tolist()
-    return Counts(samples - left_out, *counts), {"tokens": tokens, "truncated": truncated, "left_out": left_out}
+    counts = [count(batch.labels, batch.segments == Segment.VISUAL, batch.image_rows) for batch in micro_batches]
+    rows = [(int(batch.attention_mask.sum()), batch.truncated, len(batch.mistakes)) for batch in micro_batches]
+    local = torch.cat([torch.tensor(counts), torch.tensor(rows)], dim=1).sum(0)
+    samples, *others, tokens, truncated, left_out = accelerator.reduce(local.to(accelerator.device)).tolist()
+    counted = {"tokens": tokens - left_out, "truncated": truncated, "left_out": left_out}
+    return Counts(samples - left_out, *others), counted
