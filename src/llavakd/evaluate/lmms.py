@@ -65,8 +65,7 @@ class Adapter(lmms):
         pictures = [picture for picture in doc_to_visual(self.task_dict[task][split][number]) or () if picture]
         # As in a row of a file, pictures stand in front of the question.
         question = Turn(role="user", text=context.replace(IMAGE_TAG, "").strip(), images=len(pictures))
-        turns = (question, Turn(role="assistant", text=""))
-        return Sample(id=f"{task} {number}", images=tuple(pictures), turns=turns)
+        return Sample(id=f"{task} {number}", images=tuple(pictures), turns=(question, Turn(role="assistant", text="")))
 
 
 def evaluate_tasks(
