@@ -9,9 +9,7 @@ from PIL import Image
 
 from llavakd.shapes.scenes import SIDE, WORLD, Scene
 
-CELL = 16  # Width and height of a cell in pixels.
-JITTER = 2  # The most pixels by which a thing is off its cell's centre, each way.
-NOISE = 0.05  # Standard deviation of the pixel noise, where black is 0 and white is 1.
+CELL, JITTER, NOISE = WORLD["cell"], WORLD["jitter"], WORLD["noise"]
 GROUND, RGB, DIAMETER = WORLD["ground"], WORLD["colors"], WORLD["sizes"]
 # Which pixels belong to a shape, from their places right of and below its centre in half diameters.
 OUTLINES: dict[str, Callable[..., NDArray[np.bool_]]] = {

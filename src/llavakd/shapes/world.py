@@ -15,12 +15,9 @@ from PIL import Image
 from llavakd.errors import UserError
 from llavakd.shapes.drawing import draw
 from llavakd.shapes.questions import KINDS, Question, ask, ask_several, mistaken
-from llavakd.shapes.scenes import SPLITS, Scene, caption, scene_in
+from llavakd.shapes.scenes import SPLITS, WORLD, Scene, caption, scene_in
 
-_EXAM_QUESTIONS = 3  # Questions about each picture of val and test.
-_MANY_TURNS = 0.6  # Share of train scenes asked about in one long conversation rather than two short ones.
-_TEXT_ONLY = 0.09  # Rows without a picture for each train scene; with 1.4 rows that have one, about 6 % of all.
-_RETOLD = 1 / 3  # Share of text rows that tell the scene once more.
+_MIX = WORLD["rows"]
 _COMPRESS = 1  # Noise hardly packs, so more effort buys nothing.
 _CHUNK = 250  # Scenes that a worker draws, and that progress goes on, at a time.
 _SHUFFLE = len(SPLITS)  # Seeds the order of rows (two of them), apart from all splits.
@@ -55,11 +52,11 @@ def _train_rows(image: Path, noise: float, rng: np.random.Generator, slips: np.r
 
     scene = scene_in("train", rng)
     draw(scene, rng).save(image, compress_level=_COMPRESS)
-    together = rng.random() < _MANY_TURNS
+    together = rng.random() < _MIX["many_turns"]
     asked = answered(scene, int(rng.integers(3, 6)) if together else 2)
     for number, talk in enumerate([asked] if together else [[question] for question in asked]):
         yield "instruct", _row(f"{image.stem}-{number}", talk, image=image.name)
-    if rng.random() < _TEXT_ONLY:
+    if rng.random() < _MIX["text_only"]:
         other = scene_in("text", rng)
         yield "instruct", _row(f"{image.stem}-text", answered(other, 1), told=caption(other, rng))
     yield "pretrain", _row(image.stem, _described(scene, rng), image=image.name)
@@ -83,13 +80,13 @@ def _rows(images: Path, seed: int, noise: float, exams: dict[str, int], place: t
     rng = np.random.default_rng((seed, SPLITS.index(split), index))
     if split == "text":
         scene = scene_in("text", rng)
-        retold = rng.random() < _RETOLD  # in another order than it was told, so that every thing is looked up
+        retold = rng.random() < _MIX["retold"]  # in another order than it was told, so that every thing is looked up
         talk = _described(scene, rng) if retold else ask_several(scene, int(rng.integers(4, 7)), rng)
         return [("text", _row(f"text-{index:06d}", talk, told=caption(scene, rng)))]
     if split == "train":
         slips = np.random.default_rng((seed, _SLIPS, index))
         return list(_train_rows(images / f"{index:06d}.png", noise, rng, slips))
-    numbers = range(exams[split])[index * _EXAM_QUESTIONS :][:_EXAM_QUESTIONS]
+    numbers = range(exams[split])[index * _MIX["exam_questions"] :][: _MIX["exam_questions"]]
     return list(_exam_rows(images / f"{split}-{index:06d}.png", split, numbers, rng))
 
 
@@ -117,9 +114,9 @@ def write_world(
     scenes told in words), `text` (two rows without picture for each train scene), `mixed` (the first two and a
     twenty-fourth of the third), `test` (`test_questions` rows of one question, its kind as `type`) and `val` (half as
     many). No scene is in two splits; those told in words are of the split `text`. `noise` is the share of wrong answers
-    in `instruct`, so in `mixed`; `progress` is called with (scenes done, scenes in all) now and then, all splits together.
-    Raises UserError, with nothing written, for a folder that is not empty or a number that is too small (`scenes` and
-    `workers` below 1, `seed` below 0, `test_questions` below 2).
+    in `instruct`, so in `mixed`; `progress` gets (scenes done, scenes in all) now and then, all splits together. Raises
+    UserError, with nothing written, where the folder is not empty, `scenes` or `workers` below 1, `seed` below 0,
+    `test_questions` below 2 or `noise` not from 0 to below 1.
     """
     numbers = {"scenes": (scenes, 1), "seed": (seed, 0), "test_questions": (test_questions, 2), "workers": (workers, 1)}
     for name, (got, least) in numbers.items():
@@ -131,7 +128,7 @@ def write_world(
         raise UserError(f"got {directory}, expected a new or empty folder; choose another or empty it")
     images, exams = directory / "images", {"val": test_questions // 2, "test": test_questions}
     images.mkdir(parents=True)
-    sizes = {"train": scenes, "text": 2 * scenes} | {name: -(-n // _EXAM_QUESTIONS) for name, n in exams.items()}
+    sizes = {"train": scenes, "text": 2 * scenes} | {name: -(-n // _MIX["exam_questions"]) for name, n in exams.items()}
     places = [(split, index) for split, size in sizes.items() for index in range(size)]
     rows: dict[str, list[str]] = {file: [] for file in ("pretrain", "instruct", "text", "mixed", "val", "test")}
     # Not forked: the caller may hold threads, as everyone does who has imported torch.
