@@ -141,7 +141,7 @@ types = {"grad": "*bf16", "labels": "*i64", "stride": "i32", "taught_stride": "i
 types |= dict.fromkeys(("logits", "taught", "ce_weight", "kl_weight", "ce_out", "sums", "row_sums"), "*fp32") | {"arrived": "*i32"}
 names = {name: "constexpr" if name.isupper() else types.get(name, "fp32") for name in _rows_kernel.arg_names}
 fixed = {"VOCAB": 151936, "TAUGHT": True, "SOFT": True, "CAP": True, "TAUGHT_CAP": True, "BLOCK": 1024}
-fixed |= {"PARTS": 149, "FIELDS": 8, "GROUP": 8, "LAG": 2, "UNSET": -3e38, "NOTHING": -1e30, "SCALED": True}
+fixed |= {"PARTS": 149, "GROUP": 8, "LAG": 2, "SCALED": True}
 for kind in (0, 2):
     fixed["STAGES"] = 2 + (kind > 0)
     source = ASTSource(_rows_kernel, names, fixed | {"KIND": kind})

@@ -11,17 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llavakd.config import DataConfig, EvaluationConfig
-from llavakd.data.chat import IGNORE_INDEX, Segment
+from llavakd.data.chat import IGNORE_INDEX, Rendered, Segment
 from llavakd.data.pictures import load_pixels
 from llavakd.data.samples import Sample
 from llavakd.evaluate.generate import Answer, generate_answers
-from llavakd.evaluate.scoring import METRICS, is_correct, score
+from llavakd.evaluate.scoring import METRICS, score
 from llavakd.losses import gram
 from llavakd.losses.rows import rows_at_once
 from llavakd.models.alignment import align
 from llavakd.models.student import VisionLanguageModel, final_hidden, vision_features
 
-__all__ = ["METRICS", "Answer", "compare_segments", "evaluate_model", "generate_answers", "is_correct", "score"]
+__all__ = ["compare_segments", "evaluate_model", "score"]
 
 _COMPARED_ROWS = 256  # at most, spread evenly over the file
 
@@ -45,27 +45,19 @@ def evaluate_model(
         metric(Answer(sample=sample, prediction=""))
     sizes: dict[str, Any] = {"batch_size": evaluation.batch_size, "max_new_tokens": evaluation.max_new_tokens}
     answers = generate_answers(model, samples, data, **sizes, label=f"evaluate {name}")
-    place = folder / name
-    place.mkdir(parents=True, exist_ok=True)
+    (place := folder / name).mkdir(parents=True, exist_ok=True)
     with (place / "predictions.jsonl").open("w", encoding="utf-8") as file:
         for answer in answers:
-            value = metric(answer)
-            line = {
-                "id": answer.sample.id,
-                "type": answer.sample.type,
-                "images": _paths(answer.sample, data),
-                "question": answer.sample.turns[-2].text,
-                "truth": answer.truth,
-                "prediction": answer.prediction,
-                "correct": value >= 0.5,  # of a soft score: at least two of ten people say the same
-                **({"score": value} if evaluation.metric == "vqa_accuracy" else {}),
-            }
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    probe = next((sample for sample in samples if sample.images), None)
-    if probe is not None:
+            value, sample = metric(answer), answer.sample
+            line = {"id": sample.id, "type": sample.type, "images": _paths(sample, data)}
+            texts = {"question": sample.turns[-2].text, "truth": answer.truth, "prediction": answer.prediction}
+            marks = {"correct": value >= 0.5}  # of a soft score: at least two of ten people say the same
+            soft = {"score": value} if evaluation.metric == "vqa_accuracy" else {}
+            file.write(json.dumps({**line, **texts, **marks, **soft}, ensure_ascii=False) + "\n")
+    if probe := next((sample for sample in samples if sample.images), None):
         np.save(place / "gram.npy", probe_gram(model, probe, data))
-        shown = {"id": probe.id, "images": _paths(probe, data)}
-        (folder / "probe.json").write_text(json.dumps(shown), encoding="utf-8")
+        shown = json.dumps({"id": probe.id, "images": _paths(probe, data)})
+        (folder / "probe.json").write_text(shown, encoding="utf-8")
     return {
         "name": name,
         "metric": evaluation.metric,
@@ -91,15 +83,14 @@ def compare_segments(
         sample = samples[index * len(samples) // count]
         text = renderer.render(sample)
         labels, segments = torch.tensor([text.labels, text.segments])
-        visual = segments == Segment.VISUAL
-        table = _distances([_hidden(model, text.ids, visual, sample, data) for model in (student, teacher)], heads)
+        table = _distances([_hidden(model, text, sample, data) for model in (student, teacher)], heads)
         found["response"].append(table[:-1][labels[1:] != IGNORE_INDEX])
-        found["visual"].append(table[visual])
+        found["visual"].append(table[segments == Segment.VISUAL])
     names = ("kl", "agreement", "teacher_entropy")
     return {
-        segment: {**dict(zip(names, table.mean(0).tolist(), strict=True)), "positions": len(table)}
-        for segment, table in ((segment, torch.cat(parts)) for segment, parts in found.items())
-        if len(table)
+        segment: {**dict(zip(names, torch.cat(parts).mean(0).tolist(), strict=True)), "positions": sum(map(len, parts))}
+        for segment, parts in found.items()
+        if any(map(len, parts))
     }
 
 
@@ -107,18 +98,18 @@ def compare_segments(
 def probe_gram(model: VisionLanguageModel, sample: Sample, data: DataConfig) -> np.ndarray:
     """Gram matrix [N, N] of the vocabulary logits at the first picture's positions, as the relation loss sees it."""
     text = model.renderer(data).render(sample)
-    visual = torch.tensor(text.segments) == Segment.VISUAL
-    hidden = _hidden(model, text.ids, visual, sample, data)[visual.to(model.model.device)]
+    hidden = _hidden(model, text, sample, data)[torch.tensor(text.segments) == Segment.VISUAL]
     return gram(hidden[None, : model.tokens_per_image], model.head)[0].cpu().numpy()
 
 
-def _hidden(model: VisionLanguageModel, ids: list[int], visual: Tensor, sample: Sample, data: DataConfig) -> Tensor:
+def _hidden(model: VisionLanguageModel, text: Rendered, sample: Sample, data: DataConfig) -> Tensor:
     """Final hidden states [T, D] of one row, its pictures through the model's own processor and tower."""
-    row, features = torch.tensor([ids], device=model.model.device), None
+    row, segments = torch.tensor([[text.ids], [text.segments]], device=model.model.device)
+    features = None
     if sample.images:
         pixels = load_pixels(data, sample.images, model.image_processor)
         features = vision_features(model.model, pixels.to(row.device, model.model.dtype))
-    return final_hidden(model.model, row, torch.ones_like(row), visual[None].to(row.device), features)[0]
+    return final_hidden(model.model, row, torch.ones_like(row), segments == Segment.VISUAL, features)[0]
 
 
 def _distances(hidden: Sequence[Tensor], heads: Sequence[Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
 """Batched greedy answers to a LLaVA-format question file."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from llavakd.config import DataConfig
 from llavakd.data.pictures import load_pixels
@@ -10,8 +10,7 @@ from llavakd.models.student import VisionLanguageModel
 from llavakd.progress import bar
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answer:
+class Answer(NamedTuple):
     """One question, its truth and what the model said."""
 
     sample: Sample
@@ -47,8 +46,7 @@ def generate_answers(
             # Generation appends on the right, so prompts are padded on the left.
             ids = {"input_ids": [prompts[index] for index in chunk]}
             inputs = tokenizer.pad(ids, padding_side="left", return_attention_mask=True, return_tensors="pt").to(device)
-            names = [name for index in chunk for name in samples[index].images]
-            if names:
+            if names := [name for index in chunk for name in samples[index].images]:
                 pixels = load_pixels(data, names, model.image_processor)
                 inputs["pixel_values"] = pixels.to(device, model.model.dtype)
             output = model.model.generate(**inputs, **ends, do_sample=False, max_new_tokens=max_new_tokens)

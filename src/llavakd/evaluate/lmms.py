@@ -65,8 +65,7 @@ class Adapter(lmms):
         pictures = [picture for picture in doc_to_visual(self.task_dict[task][split][number]) or () if picture]
         # As in a row of a file, pictures stand in front of the question.
         question = Turn(role="user", text=context.replace(IMAGE_TAG, "").strip(), images=len(pictures))
-        turns = (question, Turn(role="assistant", text=""))
-        return Sample(id=f"{task} {number}", images=tuple(pictures), turns=turns)
+        return Sample(id=f"{task} {number}", images=tuple(pictures), turns=(question, Turn(role="assistant", text="")))
 
 
 def evaluate_tasks(
@@ -92,17 +91,12 @@ def evaluate_tasks(
     model, place, start = load_teacher(source), out / Path(source.path).name, time.time()
     model.model.to("cuda" if torch.cuda.is_available() else "cpu")
     place.mkdir(parents=True, exist_ok=True)
+    written = SimpleNamespace(output_path=str(place), process_with_media=False)
+    # MMMU guesses where it finds no letter; one thread, so that the guesses keep their order.
+    settings: dict[str, Any] = {"random_seed": 42, "process_docs_parallel": 1, "bootstrap_iters": 0, "limit": limit}
     with contextlib.redirect_stdout(sys.stderr):  # so do some of its prints
-        found = simple_evaluate(
-            model=Adapter(model, data, evaluation),
-            tasks=list(tasks.values()),
-            task_manager=manager,
-            limit=limit,
-            bootstrap_iters=0,
-            random_seed=42,  # MMMU guesses where it finds no letter; one thread, so that the guesses keep their order
-            process_docs_parallel=1,
-            cli_args=SimpleNamespace(output_path=str(place), process_with_media=False),
-        )
+        answering = Adapter(model, data, evaluation)
+        found = simple_evaluate(answering, tasks=[*tasks.values()], task_manager=manager, cli_args=written, **settings)
     (place / "lmms_eval.json").write_text(json.dumps(found, ensure_ascii=False, default=str), encoding="utf-8")
     values = {
         f"{task}.{key.removesuffix(',none')}": value

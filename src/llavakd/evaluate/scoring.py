@@ -1,8 +1,7 @@
 """Answers -> numbers, by the rules of the benchmarks' official scripts."""
 
-import dataclasses
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -13,10 +12,8 @@ import yaml
 from llavakd.errors import UserError
 from llavakd.evaluate.generate import Answer
 
-_WORDS, COLUMNS = (
-    yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
-    for name in ("vqa_words.yaml", "paper10.yaml")
-)
+_FILES = [Path(__file__).with_name(name) for name in ("vqa_words.yaml", "paper10.yaml")]
+_WORDS, COLUMNS = (yaml.safe_load(file.read_text(encoding="utf-8")) for file in _FILES)
 
 
 def is_correct(prediction: str, truth: str) -> bool:
@@ -40,7 +37,8 @@ def option_letter(answer: Answer) -> bool:
 
 def yes_no(answer: Answer) -> bool:
     """Whether yes or no is right; an answer is no if its first sentence says no or not, else yes (POPE)."""
-    return _says_yes(answer) == _is_yes(answer)
+    said, true = _yes(answer)
+    return said == true
 
 
 METRICS: dict[str, Callable[[Answer], float]] = {
@@ -53,16 +51,15 @@ METRICS: dict[str, Callable[[Answer], float]] = {
 
 def score(answers: Sequence[Answer], metric: str = "exact_match") -> dict[str, Any]:
     """Mean of a metric over all and by question type, each beside what the majority answer would get."""
-    groups: dict[str, list[Answer]] = defaultdict(list)
-    for answer in answers:
-        groups[answer.sample.type or "all"].append(answer)
+    kinds = sorted({answer.sample.type or "all" for answer in answers})
+    groups = {kind: [answer for answer in answers if (answer.sample.type or "all") == kind] for kind in kinds}
     return {
         "accuracy": fmean(map(METRICS[metric], answers)),
         "n": len(answers),
         "majority": majority_share(answers, metric),
-        "by_type": {name: fmean(map(METRICS[metric], group)) for name, group in sorted(groups.items())},
-        "n_by_type": {name: len(group) for name, group in sorted(groups.items())},
-        "majority_by_type": {name: majority_share(group, metric) for name, group in sorted(groups.items())},
+        "by_type": {name: fmean(map(METRICS[metric], group)) for name, group in groups.items()},
+        "n_by_type": {name: len(group) for name, group in groups.items()},
+        "majority_by_type": {name: majority_share(group, metric) for name, group in groups.items()},
         **(yes_no_rates(answers) if metric == "yes_no" else {}),
     }
 
@@ -71,13 +68,13 @@ def majority_share(answers: Sequence[Answer], metric: str = "exact_match") -> fl
     """What saying the file's most frequent answer always would score."""
     common = Counter(_fold(answer.truth) for answer in answers).most_common(1)[0][0]
     said = next(answer.truth for answer in answers if _fold(answer.truth) == common)
-    return fmean(METRICS[metric](dataclasses.replace(answer, prediction=said)) for answer in answers)
+    return fmean(METRICS[metric](answer._replace(prediction=said)) for answer in answers)
 
 
 def yes_no_rates(answers: Sequence[Answer]) -> dict[str, float]:
     """Precision, recall and F1 of yes, and its share of the answers (POPE); 0 where nothing is to be divided by."""
-    said, true = sum(map(_says_yes, answers)), sum(map(_is_yes, answers))
-    hits = sum(_says_yes(answer) and _is_yes(answer) for answer in answers)
+    pairs = [_yes(answer) for answer in answers]
+    (said, true), hits = map(sum, zip(*pairs, strict=True)), sum(map(all, pairs))
     rates = {"precision": said, "recall": true, "f1": (said + true) / 2}
     return {name: hits / max(1, count) for name, count in rates.items()} | {"yes_share": said / len(answers)}
 
@@ -92,12 +89,10 @@ def normalize(text: str) -> str:
     return " ".join(_WORDS["contractions"].get(word, word) for word in words if word not in _WORDS["articles"])
 
 
-def _says_yes(answer: Answer) -> bool:
-    return not {"No", "no", "not"} & set(answer.prediction.split(".")[0].replace(",", "").split(" "))
-
-
-def _is_yes(answer: Answer) -> bool:
-    return _truth(answer, "[Yy]es|[Nn]o") in ("Yes", "yes")
+def _yes(answer: Answer) -> tuple[bool, bool]:
+    """Whether the model says yes, and whether that is the truth."""
+    said = answer.prediction.split(".")[0].replace(",", "").split(" ")
+    return {"No", "no", "not"}.isdisjoint(said), _truth(answer, "[Yy]es|[Nn]o") in ("Yes", "yes")
 
 
 def _truth(answer: Answer, form: str) -> str:

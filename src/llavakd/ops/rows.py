@@ -1,9 +1,9 @@
 """Log-sum-exps of student and teacher, CE, divergence and the gradient to the logits, in one launch.
 
-A program does one stage of one tile of one row: publish the tile's sums, then (from all tiles' sums) its gradient. Rows go
-through the stages group by group, a later stage some groups behind, so that what it waits for has been done as a rule and
-its logits still lie in the second-level cache. Blocks start in order (CUB's scans rely on it, too), so it comes. The same results as `losses.rows.score_torch`, which is the reference.
-Numbers that only a trace knows stand here; `TRITON_INTERPRET=1` runs the kernel on a CPU, in float32 and float16.
+A program does one stage of one tile of one row: publish the tile's sums, then (from all tiles' sums) its gradient. Rows
+go through the stages group by group, a later stage some groups behind, so that what it waits for has been done as a
+rule and its logits still lie in the second-level cache. Blocks start in order (CUB's scans rely on it, too), so it comes.
+The reference is `losses.rows.score_torch`; `TRITON_INTERPRET=1` runs the kernel on a CPU, in float32 and float16.
 """
 
 from __future__ import annotations
@@ -15,26 +15,25 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
 _KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "skewed_kl": 3, "total_variation": 4}
 _BLOCK, _WARPS, _GROUP, _LAG = 1024, 1, 8, 1  # benchmarks/results/losses_tuning.json
-_FIELDS = 8
-_UNSET = -3e38  # no log-sum-exp
-_NOTHING = -1e30  # a logit whose exponential is zero, and finite so that zero times it is zero
+_FIELDS = constexpr(8)  # numbers that a tile publishes
+_UNSET = constexpr(-3e38)  # no log-sum-exp
+_NOTHING = constexpr(-1e30)  # a logit whose exponential is zero, and finite so that zero times it is zero
 
 
 @triton.jit
-def _form(raw, scale, cap, CAP: tl.constexpr, SCALED: tl.constexpr):
+def _form(raw, scale, cap, CAP: constexpr, SCALED: constexpr):
     if CAP:
         return cap * (2 * tl.sigmoid(2 * raw * scale / cap) - 1)  # tanh
-    elif SCALED:
-        return raw * scale
     else:
-        return raw
+        return raw * scale if SCALED else raw
 
 
 @triton.jit
-def _terms(lq, q, lp, beta, log_beta, log_rest, KIND: tl.constexpr):
+def _terms(lq, q, lp, beta, log_beta, log_rest, KIND: constexpr):
     """(d_v, w_v) of losses.divergence; q is exp(lq)."""
     p = tl.exp(lp)
     if KIND == 0:
@@ -64,11 +63,11 @@ def _publish(place, values):
 
 
 @triton.jit
-def _log_sum(sums, PARTS: tl.constexpr, FIELDS: tl.constexpr):
+def _log_sum(sums, PARTS: constexpr):
     """Log-sum-exp of a row from what its tiles published; past the first-level cache, which may be stale."""
     lanes = tl.arange(0, triton.next_power_of_2(PARTS))
-    tops = tl.load(sums + lanes * FIELDS, mask=lanes < PARTS, other=-float("inf"), cache_modifier=".cg")
-    totals = tl.load(sums + lanes * FIELDS + 1, mask=lanes < PARTS, other=0.0, cache_modifier=".cg")
+    tops = tl.load(sums + lanes * _FIELDS, mask=lanes < PARTS, other=-float("inf"), cache_modifier=".cg")
+    totals = tl.load(sums + lanes * _FIELDS + 1, mask=lanes < PARTS, other=0.0, cache_modifier=".cg")
     top = tl.max(tops, 0)
     return top + tl.log(tl.sum(totals * tl.exp(tops - top), 0))
 
@@ -81,57 +80,50 @@ def _arrive(arrived):
 
 
 @triton.jit
-def _await(place, UNSET: tl.constexpr):
+def _await(place):
     """The number that another program puts here; past the first-level cache, which may be stale."""
     value = tl.load(place, volatile=True)
-    while value == UNSET:
+    while value == _UNSET:
         value = tl.load(place, volatile=True)
     return value
 
 
 @triton.jit
-def _add_up(
-    x, y, sums, part, row_sums, arrived, sharpness,
-    TAUGHT: tl.constexpr, SOFT: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr,
-):  # fmt: skip
+def _add_up(x, y, sums, part, row_sums, arrived, sharpness, TAUGHT: constexpr, SOFT: constexpr, PARTS: constexpr):
     """Publish a tile's sums; the last program of the row makes its log-sum-exps."""
-    mine = sums + part * FIELDS
+    mine = sums + part * _FIELDS
     _publish(mine, x)
     if SOFT:
         _publish(mine + 2, sharpness * x)
     if TAUGHT:
         _publish(mine + 4, y)
     if _arrive(arrived) == PARTS - 1:
-        tl.store(row_sums, _log_sum(sums, PARTS, FIELDS))
+        tl.store(row_sums, _log_sum(sums, PARTS))
         if SOFT:
-            tl.store(row_sums + 1, _log_sum(sums + 2, PARTS, FIELDS))
+            tl.store(row_sums + 1, _log_sum(sums + 2, PARTS))
         if TAUGHT:
-            tl.store(row_sums + 2, _log_sum(sums + 4, PARTS, FIELDS))
+            tl.store(row_sums + 2, _log_sum(sums + 4, PARTS))
 
 
 @triton.jit
-def _compare(
-    x, y, row_sums, sharpness, beta, log_beta, log_rest,
-    KIND: tl.constexpr, TAUGHT: tl.constexpr, SOFT: tl.constexpr, UNSET: tl.constexpr,
-):  # fmt: skip
+def _compare(x, y, row_sums, sharpness, beta, log_beta, log_rest, KIND: constexpr, TAUGHT: constexpr, SOFT: constexpr):
     """(log-softmax of the student's logits, its exponential, d, w, softened q) of one tile."""
-    hard = x - _await(row_sums, UNSET)
+    hard = x - _await(row_sums)
     q_hard = tl.exp(hard)
     d, w, q = hard, hard, q_hard
     if TAUGHT:
         lq = hard
         if SOFT:
-            lq = sharpness * x - _await(row_sums + 1, UNSET)
+            lq = sharpness * x - _await(row_sums + 1)
             q = tl.exp(lq)
-        d, w = _terms(lq, q, y - _await(row_sums + 2, UNSET), beta, log_beta, log_rest, KIND)
+        d, w = _terms(lq, q, y - _await(row_sums + 2), beta, log_beta, log_rest, KIND)
     return hard, q_hard, d, w, q
 
 
 @triton.jit
 def _write_gradient(
     hard, q_hard, d, w, q, x, ids, keep, part, label, ce_w, kl_w, grad, ce_out, sums, row_sums, scale, cap, sharpness,
-    KIND: tl.constexpr, TAUGHT: tl.constexpr, SOFT: tl.constexpr, CAP: tl.constexpr, SCALED: tl.constexpr,
-    BLOCK: tl.constexpr, UNSET: tl.constexpr,
+    KIND: constexpr, TAUGHT: constexpr, SOFT: constexpr, CAP: constexpr, SCALED: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
     """Of one tile; its sum of d; and where the label lies the row's CE."""
     counts = (label >= 0) & (ce_w != 0)
@@ -143,9 +135,7 @@ def _write_gradient(
     else:
         g = ce_w * q_hard
         if TAUGHT:
-            slope = -1.0
-            if KIND != 0:
-                slope = _await(row_sums + 3, UNSET)
+            slope = -1.0 if KIND == 0 else _await(row_sums + 3)
             g += kl_w * sharpness * (w - q * slope)
     if part == tl.where(counts, label // BLOCK, 0):
         own = ids == label
@@ -162,9 +152,8 @@ def _write_gradient(
 def _rows_kernel(
     logits, taught, grad, labels, ce_weight, kl_weight, ce_out, sums, row_sums, arrived, rows,
     stride, taught_stride, grad_stride, scale, cap, taught_scale, taught_cap, sharpness, beta, log_beta, log_rest,
-    VOCAB: tl.constexpr, KIND: tl.constexpr, TAUGHT: tl.constexpr, SOFT: tl.constexpr, CAP: tl.constexpr,
-    TAUGHT_CAP: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr, GROUP: tl.constexpr,
-    LAG: tl.constexpr, STAGES: tl.constexpr, UNSET: tl.constexpr, NOTHING: tl.constexpr,
+    VOCAB: constexpr, KIND: constexpr, TAUGHT: constexpr, SOFT: constexpr, CAP: constexpr, TAUGHT_CAP: constexpr,
+    SCALED: constexpr, BLOCK: constexpr, PARTS: constexpr, GROUP: constexpr, LAG: constexpr, STAGES: constexpr,
 ):  # fmt: skip
     """Stages: log-sum-exps; sum w where it is not known (KIND > 0); the gradient.
 
@@ -187,39 +176,31 @@ def _rows_kernel(
             if SOFT:
                 y *= sharpness
         if part == PARTS - 1:  # beyond the vocabulary: probabilities of zero, with which no sum needs a mask
-            x = tl.where(keep, x, NOTHING)
-            y = tl.where(keep, y, NOTHING)
-        sums += row * PARTS * FIELDS
+            x = tl.where(keep, x, _NOTHING)
+            y = tl.where(keep, y, _NOTHING)
+        sums += row * PARTS * _FIELDS
         row_sums += row * 4
         arrived += row
         if stage == 0:
-            _add_up(x, y, sums, part, row_sums, arrived, sharpness, TAUGHT, SOFT, PARTS, FIELDS)
+            _add_up(x, y, sums, part, row_sums, arrived, sharpness, TAUGHT, SOFT, PARTS)
         else:
-            hard, q_hard, d, w, q = _compare(
-                x, y, row_sums, sharpness, beta, log_beta, log_rest, KIND, TAUGHT, SOFT, UNSET
-            )  # fmt: skip
+            hard, q_hard, d, w, q = _compare(x, y, row_sums, sharpness, beta, log_beta, log_rest, KIND, TAUGHT, SOFT)
             if stage < STAGES - 1:
-                tl.store(sums + part * FIELDS + 6, tl.sum(w, 0))
+                tl.store(sums + part * _FIELDS + 6, tl.sum(w, 0))
                 if _arrive(arrived) == 2 * PARTS - 1:
                     lanes = tl.arange(0, triton.next_power_of_2(PARTS))
-                    all_w = tl.load(sums + lanes * FIELDS + 6, mask=lanes < PARTS, other=0.0, cache_modifier=".cg")
+                    all_w = tl.load(sums + lanes * _FIELDS + 6, mask=lanes < PARTS, other=0.0, cache_modifier=".cg")
                     tl.store(row_sums + 3, tl.sum(all_w, 0))
             else:
                 _write_gradient(
                     hard, q_hard, d, w, q, x, ids, keep, part, tl.load(labels + row), tl.load(ce_weight + row),
-                    tl.load(kl_weight + row), grad + row * grad_stride, ce_out + row, sums + part * FIELDS, row_sums,
-                    scale, cap, sharpness, KIND, TAUGHT, SOFT, CAP, SCALED, BLOCK, UNSET,
+                    tl.load(kl_weight + row), grad + row * grad_stride, ce_out + row, sums + part * _FIELDS, row_sums,
+                    scale, cap, sharpness, KIND, TAUGHT, SOFT, CAP, SCALED, BLOCK,
                 )  # fmt: skip
 
 
 def score_triton(
-    logits: Tensor,
-    taught: Tensor | None,
-    labels: Tensor,
-    ce_weight: Tensor,
-    kl_weight: Tensor,
-    how: Any,
-    out: Tensor,
+    logits: Tensor, taught: Tensor | None, labels: Tensor, ce_weight: Tensor, kl_weight: Tensor, how: Any, out: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As `losses.rows.score_torch`, from float32 logits."""
     assert logits.dtype == torch.float32, "the kernel reads float32 logits"
@@ -229,9 +210,8 @@ def score_triton(
     rows, vocab = logits.shape
     block = min(_BLOCK, triton.next_power_of_2(vocab))
     parts, stages = triton.cdiv(vocab, block), 2 if taught is None or divergence == "forward_kl" else 3
-    sums, row_sums = logits.new_empty(rows, parts, _FIELDS), logits.new_full((rows, 4), _UNSET)
-    arrived = torch.zeros(rows, dtype=torch.int32, device=logits.device)
-    ce = torch.empty_like(ce_weight)
+    sums, row_sums = logits.new_empty(rows, parts, _FIELDS.value), logits.new_full((rows, 4), _UNSET.value)
+    ce, arrived = torch.empty_like(ce_weight), torch.zeros(rows, dtype=torch.int32, device=logits.device)
     mix = (beta, math.log(beta), math.log1p(-beta)) if divergence in ("jsd", "skewed_kl") else (0.0, 0.0, 0.0)
     with torch.cuda.device_of(logits):
         _rows_kernel[((triton.cdiv(rows, _GROUP) + (stages - 1) * _LAG) * stages * _GROUP * parts,)](
@@ -239,9 +219,7 @@ def score_triton(
             rows, logits.stride(0), 0 if taught is None else taught.stride(0), out.stride(0),
             *map(float, (*student, *teacher)), 1 / temperature, *mix,
             VOCAB=vocab, KIND=_KINDS[divergence], TAUGHT=taught is not None, SOFT=temperature != 1,
-            CAP=bool(student.cap), TAUGHT_CAP=bool(teacher.cap),
-            SCALED=(student.scale, teacher.scale) != (1, 1), BLOCK=block, PARTS=parts, FIELDS=_FIELDS,
-            GROUP=_GROUP, LAG=_LAG, STAGES=stages, UNSET=_UNSET, NOTHING=_NOTHING,
-            num_warps=_WARPS,
+            CAP=bool(student.cap), TAUGHT_CAP=bool(teacher.cap), SCALED=(student.scale, teacher.scale) != (1, 1),
+            BLOCK=block, PARTS=parts, GROUP=_GROUP, LAG=_LAG, STAGES=stages, num_warps=_WARPS,
         )  # fmt: skip
     return ce, torch.zeros_like(kl_weight) if taught is None else sums[..., 7].sum(1)

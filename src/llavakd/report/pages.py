@@ -17,11 +17,8 @@ def write_report(runs: Sequence[Path], out: Path) -> Results:
     """
     results = collect(runs)
     merged = {"rows": [row.raw for row in results.rows], "environment": results.environment}
-    texts = {
-        "results.json": json.dumps(merged, indent=2, ensure_ascii=False) + "\n",
-        "report.md": markdown(results),
-        "report.html": page(results),
-    }
+    table = json.dumps(merged, indent=2, ensure_ascii=False) + "\n"
+    texts = {"results.json": table, "report.md": markdown(results), "report.html": page(results)}
     out.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         draft = out / f".report-{name}"

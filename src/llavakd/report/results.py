@@ -3,9 +3,8 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +20,7 @@ ANSWER: dict[str, type] = {"id": str, "question": str, "truth": str, "prediction
 Json = dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Run:
+class Run(NamedTuple):
     """What one run folder holds; the label is unique among the merged runs."""
 
     folder: Path
@@ -34,8 +32,7 @@ class Run:
     probe: Json | None  # the picture that the Gram matrices are of
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Row:
+class Row(NamedTuple):
     """One evaluated model."""
 
     name: str
@@ -54,8 +51,7 @@ class Row:
         return [] if TEACHER in words else [word for word in words if word in STAGES] or list(self.run.ledger)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Results:
+class Results(NamedTuple):
     """All merged: values of the environment that differ are lists, and all Gram matrices are of the probe picture."""
 
     rows: list[Row]

@@ -7,21 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from llavakd.shapes.scenes import SIDE, Scene
+from llavakd.shapes.scenes import SIDE, WORLD, Scene
 
-CELL = 16  # Width and height of a cell in pixels.
-JITTER = 2  # The most pixels by which a thing is off its cell's centre, each way.
-NOISE = 0.05  # Standard deviation of the pixel noise, where black is 0 and white is 1.
-DIAMETER = {"small": 8, "big": 12}  # Pixels across a thing; a big one, jittered, just fits its cell.
-GROUND = (128, 128, 128)
-RGB = {
-    "red": (220, 30, 30),
-    "green": (30, 165, 50),
-    "blue": (40, 70, 230),
-    "yellow": (240, 220, 40),
-    "white": (250, 250, 250),
-    "black": (10, 10, 10),
-}
+CELL, JITTER, NOISE = WORLD["cell"], WORLD["jitter"], WORLD["noise"]
+GROUND, RGB, DIAMETER = WORLD["ground"], WORLD["colors"], WORLD["sizes"]
 # Which pixels belong to a shape, from their places right of and below its centre in half diameters.
 OUTLINES: dict[str, Callable[..., NDArray[np.bool_]]] = {
     "circle": lambda x, y: x**2 + y**2 <= 1,
@@ -35,8 +24,7 @@ OUTLINES: dict[str, Callable[..., NDArray[np.bool_]]] = {
 @cache
 def mask(shape: str, size: str) -> NDArray[np.bool_]:
     """The pixels of a shape, [d, d] with the diameter d of the size; shared, so not to be written to."""
-    diameter = DIAMETER[size]
-    places = (2 * np.arange(diameter) + 1) / diameter - 1
+    places = (2 * np.arange(DIAMETER[size]) + 1) / DIAMETER[size] - 1
     pixels = OUTLINES[shape](places[None, :], places[:, None])
     pixels.flags.writeable = False
     return pixels

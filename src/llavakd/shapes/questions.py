@@ -5,6 +5,7 @@ Things are asked for by their place: finding one by its colour and shape is what
 about half for yes and no, under 40 % for the rest.  A scene may not allow a kind, or not the answer that was drawn.
 """
 
+from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
@@ -14,23 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from llavakd.errors import UserError
-from llavakd.shapes.scenes import COLORS, DIRECTIONS, PLACES, SHAPES, SIDE, SIZES, Scene
+from llavakd.shapes.scenes import COLORS, PLACES, SHAPES, SIDE, SIZES, WORLD, Scene
 
 NOTHING, ANOTHER = "nothing", "another answer"
-# How often an answer is wanted beside the others of its kind. High counts are rare in scenes; of `beside` other answers
-# than nothing are given up more often than of `place`, for want of a neighbour.
-KINDS: dict[str, dict[str, float]] = {
-    "exists": {"yes": 0.5, ANOTHER: 0.5},
-    "count": {"zero": 2, "one": 3, "two": 4, "three": 6, "four": 12},
-    "compare": {"yes": 0.5, ANOTHER: 0.5},
-    "place": {NOTHING: 0.15, ANOTHER: 0.85},
-    "color": {},
-    "shape": {},
-    "size": {},
-    "bigger": {"yes": 0.5, ANOTHER: 0.5},
-    "beside": {NOTHING: 0.10, ANOTHER: 0.90},
-    "twostep": {},
-}
+KINDS: dict[str, dict[str, float]] = WORLD["kinds"]
 _COUNTS = (*KINDS["count"], "five")
 _YES_NO = ("no", "yes")
 _NAMES = (NOTHING, *(f"{color} {shape}" for color in COLORS for shape in SHAPES))
@@ -54,8 +42,9 @@ def _fair_questions(scene: Scene) -> Iterator[Question]:
         yield Question("count", f"how many {color} things?", _COUNTS[colors[color]])
     # Both colours are always shown: were one absent, seeing the other would settle it without counting.
     for one, other in permutations(colors, 2) if len(set(colors.values())) > 1 else ():
-        more = _YES_NO[colors[one] > colors[other]]
-        yield Question("compare", f"are there more {one} things than {other} things?", more)
+        yield Question(
+            "compare", f"are there more {one} things than {other} things?", _YES_NO[colors[one] > colors[other]]
+        )
     for cell, place in enumerate(PLACES):
         found = things.get(divmod(cell, SIDE))
         yield Question("place", f"what is in the {place}?", found.name if found else NOTHING)
@@ -64,7 +53,7 @@ def _fair_questions(scene: Scene) -> Iterator[Question]:
         yield Question("color", f"what color is {it}?", thing.color)
         yield Question("shape", f"what shape is {it}?", thing.shape)
         yield Question("size", f"is {it} big or small?", thing.size)
-        for direction, (down, along) in DIRECTIONS.items():
+        for direction, (down, along) in WORLD["directions"].items():
             near, far = (things.get((row + steps * down, column + steps * along)) for steps in (1, 2))
             if near:
                 yield Question("beside", f"what is {direction} {it}?", near.name)
@@ -73,8 +62,7 @@ def _fair_questions(scene: Scene) -> Iterator[Question]:
                 yield Question("beside", f"what is {direction} {it}?", NOTHING)
     for thing, second in permutations(scene.things, 2) if len({thing.size for thing in scene.things}) > 1 else ():
         it, that = (f"the thing in the {PLACES[one.cell]}" for one in (thing, second))
-        bigger = _YES_NO[(thing.size, second.size) == ("big", "small")]
-        yield Question("bigger", f"is {it} bigger than {that}?", bigger)
+        yield Question("bigger", f"is {it} bigger than {that}?", _YES_NO[(thing.size, second.size) == ("big", "small")])
 
 
 _fair = lru_cache(maxsize=1)(lambda scene: tuple(_fair_questions(scene)))  # a scene is asked about several times
@@ -88,11 +76,9 @@ def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Question | None:
     for question in _fair(scene):
         if question.kind == kind:
             fitting.setdefault(question.answer if question.answer in KINDS[kind] else ANOTHER, []).append(question)
-    wanted = ANOTHER
-    if shares := {answer: share for answer, share in KINDS[kind].items() if answer in fitting}:
-        drawn = rng.random() * sum(shares.values())
-        wanted = next(answer for answer, edge in zip(shares, accumulate(shares.values()), strict=True) if drawn < edge)
-    several = fitting[wanted]
+    shares = {answer: share for answer, share in KINDS[kind].items() if answer in fitting}
+    edges = list(accumulate(shares.values()))
+    several = fitting[list(shares)[bisect(edges, rng.random() * edges[-1])] if shares else ANOTHER]
     return several[int(rng.integers(len(several)))] if several else None
 
 

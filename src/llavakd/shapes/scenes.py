@@ -2,21 +2,20 @@
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
 
 from llavakd.errors import UserError
 
+WORLD: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("world.yaml").read_text(encoding="utf-8"))
+SHAPES, COLORS, SIZES, PLACES = (tuple(WORLD[key]) for key in ("shapes", "colors", "sizes", "places"))
 SIDE = 3  # Cells along one side of the grid.
-SHAPES = ("circle", "square", "triangle", "cross", "ring")
-COLORS = ("red", "green", "blue", "yellow", "white", "black")
-SIZES = ("small", "big")
-# The nine cells in reading order; a thing's `cell` is an index into this.
-PLACES = ("northwest", "north", "northeast", "west", "center", "east", "southwest", "south", "southeast")
-DIRECTIONS = {"above": (-1, 0), "below": (1, 0), "left of": (0, -1), "right of": (0, 1)}  # steps of (row, column)
 SPLITS = ("train", "text", "val", "test")
 # Most of the space goes to the pictures that are trained on; a fifth is plenty for each of the others.
-_SPLIT_OF_BUCKET = ("train", "train", "text", "val", "test")
+_SPLIT_OF_BUCKET = ("train", *SPLITS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +28,7 @@ class Thing:
     cell: int
 
     def __post_init__(self) -> None:
-        fields = ((self.shape, SHAPES), (self.color, COLORS), (self.size, SIZES), (self.cell, range(SIDE * SIDE)))
-        for value, allowed in fields:
+        for value, allowed in zip(vars(self).values(), (SHAPES, COLORS, SIZES, range(SIDE * SIDE)), strict=True):
             if value not in allowed:
                 raise UserError(f"got {value!r} in a Thing, expected one of {list(allowed)}; use one of those")
 
@@ -72,9 +70,9 @@ def random_scene(rng: np.random.Generator) -> Scene:
     count = int(rng.integers(2, 6))
     cells = sorted(rng.permutation(SIDE * SIDE)[:count].tolist())
     palette = rng.permutation(COLORS)[: rng.integers(2, 5)]
-    colors, shapes, sizes = (rng.choice(options, count).tolist() for options in (palette, SHAPES, SIZES))
-    drawn = zip(shapes, colors, sizes, cells, strict=True)
-    return Scene(things=tuple(Thing(shape=s, color=c, size=z, cell=cell) for s, c, z, cell in drawn))
+    drawn = (rng.choice(options, count).tolist() for options in (palette, SHAPES, SIZES))
+    rows = zip(cells, *drawn, strict=True)
+    return Scene(things=tuple(Thing(shape=s, color=c, size=z, cell=cell) for cell, c, s, z in rows))
 
 
 def scene_in(split: str, rng: np.random.Generator) -> Scene:
