@@ -23,22 +23,6 @@ DtypeName = Literal["bf16", "fp16", "fp32"]
 ARGUMENTS = ("recipe", "overrides", "question")  # though they have defaults
 
 
-def command(name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a function a command, called as it is or `name`; assets/options.yaml says what its parameters are for."""
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        said, hints = OPTIONS["any"] | OPTIONS.get(function.__name__, {}), function.__annotations__
-        for key, parameter in inspect.signature(function).parameters.items():
-            settings = {"help": said[key]} if isinstance(said[key], str) else dict(said[key])
-            argument = parameter.default is parameter.empty or key in ARGUMENTS
-            kind = typer.Argument if argument else typer.Option
-            hints[key] = Annotated[hints[key], kind(*settings.pop("names", ()), **settings)]
-        return app.command(name)(function)
-
-    return register
-
-
-@command()
 def quickstart(out: Path = Path("quickstart")) -> None:
     """Run the three stages and their equal-step control on the built-in miniature world, on the CPU, and report."""
     from llavakd.quickstart import run_quickstart
@@ -47,7 +31,6 @@ def quickstart(out: Path = Path("quickstart")) -> None:
     typer.echo(render("quickstart.jinja", out=out))
 
 
-@command()
 def train(recipe: Path, overrides: list[str] | None = None, out: Path | None = None) -> None:
     """Run or go on with the stages of RECIPE."""
     from llavakd.pipeline import run_pipeline
@@ -60,7 +43,6 @@ def train(recipe: Path, overrides: list[str] | None = None, out: Path | None = N
     typer.echo(f"Done: {folder}" + (f", report in {folder / 'report.html'}" if results["rows"] else ""))
 
 
-@command()
 def plan(
     recipe: Path,
     overrides: list[str] | None = None,
@@ -81,7 +63,6 @@ def plan(
         say(note)
 
 
-@command()
 def check(
     recipe: Path | None = None,
     overrides: list[str] | None = None,
@@ -112,7 +93,6 @@ def check(
         sys.exit(1)
 
 
-@command()
 def shapes(
     directory: Path, scenes: int = 2000, seed: int = 0, test_questions: int = 1000, noise: float = 0.0, workers: int = 1
 ) -> None:
@@ -125,7 +105,6 @@ def shapes(
     typer.echo(f"{directory}: {summary.pictures} pictures, rows {summary.rows}")
 
 
-@command("eval")
 def evaluate(
     model: str,
     data: Path | None = None,
@@ -161,7 +140,6 @@ def evaluate(
         raise UserError("got both --data and --tasks, or neither; give a question file or names of benchmarks")
 
 
-@command()
 def report(runs: list[Path], out: Path | None = None) -> None:
     """Write results.json, report.md and report.html from one or more runs."""
     from llavakd.report import write_report
@@ -172,7 +150,6 @@ def report(runs: list[Path], out: Path | None = None) -> None:
     typer.echo(f"Report: {folder / 'report.html'}")
 
 
-@command()
 def convert(source: Path, target: Path, tokenizer: str | None = None, vision_tower: str | None = None) -> None:
     """Write a checkpoint of another project as a transformers folder that computes the same."""
     from llavakd.models.tinyllava import convert as convert_checkpoint
@@ -180,7 +157,6 @@ def convert(source: Path, target: Path, tokenizer: str | None = None, vision_tow
     typer.echo(convert_checkpoint(source, target, tokenizer=tokenizer, vision_tower=vision_tower))
 
 
-@command()
 def export(
     model: str, target: Path, dtype: DtypeName | None = None, license: str = "other", push: str | None = None
 ) -> None:
@@ -194,7 +170,6 @@ def export(
         typer.echo(push_folder(target, push, HfApi()))
 
 
-@command()
 def chat(model: str, image: Path, question: str | None = None, max_new_tokens: int = 512) -> None:
     """Ask a model about a picture."""
     from llavakd.chat import ask_about
@@ -202,12 +177,25 @@ def chat(model: str, image: Path, question: str | None = None, max_new_tokens: i
     ask_about(model, image, question, max_new_tokens=max_new_tokens)
 
 
-@command()
 def demo(models: list[str], host: str = "127.0.0.1", port: int = 7860, max_upload: int = 10) -> None:
     """Serve a page on which up to three models answer the same question side by side."""
     from llavakd.demo import run_demo
 
     run_demo(models, host=host, port=port, max_upload=max_upload)
+
+
+def _described(function: Callable[..., None]) -> Callable[..., None]:
+    """A function whose parameters are options and arguments; assets/options.yaml says what they are for."""
+    said, hints = OPTIONS["any"] | OPTIONS.get(function.__name__, {}), function.__annotations__
+    for name, parameter in inspect.signature(function).parameters.items():
+        settings = {"help": said[name]} if isinstance(said[name], str) else dict(said[name])
+        kind = typer.Argument if parameter.default is parameter.empty or name in ARGUMENTS else typer.Option
+        hints[name] = Annotated[hints[name], kind(*settings.pop("names", ()), **settings)]
+    return function
+
+
+for each in (quickstart, train, plan, check, shapes, evaluate, report, convert, export, chat, demo):
+    app.command("eval" if each is evaluate else None)(_described(each))
 
 
 def _show(template: str, answer: dict[str, Any], as_json: bool = False) -> None:

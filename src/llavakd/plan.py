@@ -30,6 +30,7 @@ from llavakd.losses.rows import GRADIENT_CHUNKS, rows_at_once
 from llavakd.models.parts import FAMILIES, load_for
 from llavakd.models.student import VisionLanguageModel, final_hidden, outline, student_config, vision_features
 from llavakd.models.teacher import DTYPES
+from llavakd.templates import render
 from llavakd.train.loop import shard_of, total_steps
 
 _KNOWN = yaml.safe_load((Path(__file__).parent / "assets" / "plan.yaml").read_text(encoding="utf-8"))
@@ -69,19 +70,16 @@ def plan_run(
         raise UserError(f"got --gpus {gpus} and --efficiency {efficiency}; expected at least 1, and a share up to 1")
     recipe = resolve_paths(recipe, Path("runs") / recipe.name)
     models = {"student": outline(student_config(recipe.student))}
-    assumptions = ["hours are those of bf16, precision is fp32"] if recipe.precision == "fp32" else []
     if recipe.teacher and any(stage.losses.distils for stage in recipe.stages):
         config = load_for("teacher.path", AutoConfig, recipe.teacher.path)
         if (kind := config.model_type) not in FAMILIES:
-            known = ", ".join(FAMILIES)
-            raise UserError(f"teacher.path: {recipe.teacher.path} holds a {kind!r} model, expected one of {known}")
+            raise UserError(f"teacher.path: {recipe.teacher.path} is a {kind!r}, expected {' or '.join(FAMILIES)}")
         models["teacher"] = outline(config)
-        if len({_forward_flops(model, model.tokens_per_image, 0)[0] for model in models.values()}) == 1:
-            assumptions.append("vision towers of equal size are taken to be equal: one run serves both models")
-    sources: dict[str, Tokens] = {}
-    for name in dict.fromkeys(name for stage in recipe.stages for name in stage.sources):
-        sources[name], assumed = _tokens(recipe, name, models["student"].tokens_per_image, rows, text_tokens)
-        assumptions += [assumed] if assumed else []
+    towers = [_forward_flops(model, model.tokens_per_image, 0)[0] for model in models.values()]
+    names = dict.fromkeys(name for stage in recipe.stages for name in stage.sources)
+    sources = {name: _tokens(recipe, name, models["student"].tokens_per_image, rows, text_tokens) for name in names}
+    guessed = {name: sources[name] for name in names if not Path(recipe.data[name].path).is_file()}
+    assumed = render("plan_assumed.jinja", recipe=recipe, guessed=guessed, one_tower=towers[0] in towers[1:])
     stages = []
     for stage in recipe.stages:
         teacher = models["teacher"] if stage.losses.distils else None
@@ -92,7 +90,7 @@ def plan_run(
         stages.append(StageCost(recipe, stage, models["student"], teacher, tokens, gpus).plan(gpu, efficiency))
     answer = {"name": recipe.name, "gpu": gpu, "gpus": gpus, "efficiency": efficiency}
     sizes = {name: _sizes(model) for name, model in models.items()}
-    return answer | {"parameters": sizes, "stages": stages, "assumptions": assumptions}
+    return answer | {"parameters": sizes, "stages": stages, "assumptions": assumed.splitlines()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,8 +245,8 @@ def _sizes(model: VisionLanguageModel) -> dict[str, int]:
     return sizes | {"language_model": model.model.num_parameters() - sizes["vision_tower"] - sizes["projector"]}
 
 
-def _tokens(recipe: Recipe, name: str, per_picture: int, rows: int | None, text: int | None) -> tuple[Tokens, str]:
-    """Counts of a source from a sample of its rows; where its file is not there, assumed, and the sentence that says so."""
+def _tokens(recipe: Recipe, name: str, per_picture: int, rows: int | None, text: int | None) -> Tokens:
+    """Counts of a source from a sample of its rows, or assumed where its file is not there."""
     data = recipe.data[name]
     if Path(data.path).is_file():
         samples = load_samples(data)
@@ -260,17 +258,13 @@ def _tokens(recipe: Recipe, name: str, per_picture: int, rows: int | None, text:
         segments = np.bincount(np.concatenate([row.segments for row in rendered]), minlength=len(Segment))
         _, visual, prompt, response = (segments / len(rendered)).tolist()
         most = max(len(row.ids) for row in rendered), max(len(sample.images) for sample in chosen)
-        return Tokens(len(samples), visual, prompt + response, response, *most), ""
+        return Tokens(len(samples), visual, prompt + response, response, *most)
     known = _KNOWN["published"].get(Path(data.path).name, (None, 200))
     rows, text = rows or known[0], text or known[1]
     if rows is None:
         raise UserError(f"data.{name}.path: there is no file {data.path!r}; give --rows N to plan without it")
     response = text if data.template == "pretrain" else text / 2
-    longest = min(data.max_length, per_picture + 8 * text)
-    return Tokens(rows, per_picture, text, response, longest), (
-        f"data.{name}: no file {data.path}; assumed {rows:,} rows of one picture ({per_picture} tokens) and {text} text "
-        f"tokens, {response:.0f} of them answered, the longest row {longest} (change with --rows, --text-tokens)"
-    )
+    return Tokens(rows, per_picture, text, response, min(data.max_length, per_picture + 8 * text))
 
 
 def _linear_flops(module: nn.Module) -> int:
