@@ -263,18 +263,14 @@ def resolve_paths(recipe: Recipe, out: Path) -> Recipe:
     return parse_recipe(json.loads(json.dumps(to_tree(recipe)), object_hook=place))
 
 
-def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+def differing_keys(old: Any, new: Any, place: str = "") -> list[str]:
     """Dotted names of the leaves in which two recipe trees differ, with both values."""
-    found: list[str] = []
-    for key in dict.fromkeys([*old, *new]):
-        left, right = old.get(key), new.get(key)
-        if isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
-            left, right = dict(enumerate(left)), dict(enumerate(right))
-        if isinstance(left, dict) and isinstance(right, dict):
-            found += differing_keys(left, right, f"{prefix}{key}.")
-        elif left != right:
-            found.append(f"{prefix}{key}: {left!r} -> {right!r}")
-    return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = {key: (old.get(key), new.get(key)) for key in [*old, *new]}
+        return [line for key, pair in pairs.items() for line in differing_keys(*pair, f"{place}.{key}")]
+    return [f"{place.removeprefix('.')}: {old!r} -> {new!r}"] if old != new else []
 
 
 def control_twin(recipe: Recipe) -> Recipe:
