@@ -173,6 +173,8 @@ def test_every_problem_is_told_at_once():
         ("stages.0.micro_batch_size", 3, r"micro_batch_size: got 3, expected a divisor of global_batch_size 8"),
         ("stages.0.micro_batch_size", 0, r"micro_batch_size: got 0"),
         ("save_every", 0, "save_every: got 0"),
+        ("data.instruct.subset.stop", 1.5, r"data\.instruct\.subset\.stop: got 1.5"),
+        ("data.instruct.subset.group", "(", r"data\.instruct\.subset\.group: '\(' is no regular expression"),
         ("log_every", 0, "log_every: got 0"),
     ],
 )

@@ -1,7 +1,5 @@
 """LLaVA-KD: distil a large vision-language model into a small one in three stages (arXiv 2410.16236)."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

@@ -1,55 +1,37 @@
-"""The command line: parse, call one function, print."""
+"""Distil a large vision-language model into a small one: dpt, sft, dft."""
 
-from __future__ import annotations
-
+import inspect
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+import yaml
 from rich.console import Console
 from rich.markdown import Markdown
 
-from llavakd.config import DataConfig, EvaluationConfig, TeacherConfig, load_recipe
+from llavakd.config import DataConfig, EvaluationConfig, MetricName, TeacherConfig, TemplateName, load_recipe
 from llavakd.errors import UserError
 from llavakd.progress import Interrupted, bar, say
 from llavakd.templates import render
 
-RecipeFile = Annotated[Path, typer.Argument(help="A recipe file.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key.key=value, stages by name")]
-RunFolder = Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
-TemplateName = Annotated[
-    Literal["pretrain", "vicuna_v1", "chatml"], typer.Option(help="Text form of the conversation.")
-]
-
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Distil a large vision-language model into a small one: dpt, sft, dft.",
-)
+app = typer.Typer(help=__doc__, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+OPTIONS = yaml.safe_load((Path(__file__).parent / "assets" / "options.yaml").read_text(encoding="utf-8"))
+DtypeName = Literal["bf16", "fp16", "fp32"]
+ARGUMENTS = ("recipe", "overrides", "question")  # though they have defaults
 
 
-@app.command()
-def quickstart(
-    out: Annotated[Path, typer.Option(help="Where the runs and the report go.")] = Path("quickstart"),
-) -> None:
+def quickstart(out: Path = Path("quickstart")) -> None:
     """Run the three stages and their equal-step control on the built-in miniature world, on the CPU, and report."""
     from llavakd.quickstart import run_quickstart
 
-    results = run_quickstart(out)
-    _show("results.md.jinja", **results)
-    print(  # noqa: T201
-        f"\nReport: {out / 'report.html'}\nStudent: {out / 'dpt-sft-dft' / 'dft' / 'model'}\n"
-        "Next, with your own data: write it as LLaVA JSON, copy a file from recipes/, set student, teacher and data, and run\n"
-        "  llava-kd train my.yaml --out runs/mine"
-    )
+    _show("results.md.jinja", run_quickstart(out))
+    typer.echo(render("quickstart.jinja", out=out))
 
 
-@app.command()
-def train(recipe: RecipeFile, overrides: Overrides = None, out: RunFolder = None) -> None:
+def train(recipe: Path, overrides: list[str] | None = None, out: Path | None = None) -> None:
     """Run or go on with the stages of RECIPE."""
     from llavakd.pipeline import run_pipeline
 
@@ -57,211 +39,171 @@ def train(recipe: RecipeFile, overrides: Overrides = None, out: RunFolder = None
     folder = out or Path("runs") / loaded.name
     results = run_pipeline(loaded, folder)
     if results["rows"]:  # without `evaluation`, and on all processes but the first, there is nothing to show
-        _show("results.md.jinja", **results)
-    print(f"Done: {folder}" + (f", report in {folder / 'report.html'}" if results["rows"] else ""))  # noqa: T201
+        _show("results.md.jinja", results)
+    typer.echo(f"Done: {folder}" + (f", report in {folder / 'report.html'}" if results["rows"] else ""))
 
 
-@app.command()
 def plan(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    gpu: Annotated[str, typer.Option(help="Kind of GPU, such as A100-80, H100, RTX-4090.")] = "A100-80",
-    gpus: Annotated[int, typer.Option(help="How many of them.")] = 1,
-    efficiency: Annotated[float, typer.Option(help="Share of the GPU's bf16 rate that is reached.")] = 0.4,
-    rows: Annotated[int | None, typer.Option(help="Rows of a data file that is not there.")] = None,
-    text_tokens: Annotated[int | None, typer.Option(help="Text tokens of its mean row.")] = None,
-    as_json: AsJson = False,
+    recipe: Path,
+    overrides: list[str] | None = None,
+    gpu: str = "A100-80",
+    gpus: int = 1,
+    efficiency: float = 0.4,
+    rows: int | None = None,
+    text_tokens: int | None = None,
+    as_json: bool = False,
 ) -> None:
     """Say what RECIPE would cost, without weights: parameters, tokens, FLOPs, memory and hours of every stage."""
     from llavakd.plan import plan_run
 
     loaded = load_recipe(recipe, overrides or [])
     plan = plan_run(loaded, gpu=gpu, gpus=gpus, efficiency=efficiency, rows=rows, text_tokens=text_tokens)
-    if as_json:
-        print(json.dumps(plan))  # noqa: T201
-        return
-    _show("plan.md.jinja", **plan)
-    for line in plan["assumptions"]:
-        say(f"assumed: {line}")
-    for stage in plan["stages"]:
-        if stage["advice"]:
-            say(f"warning: stage {stage['name']} will not fit on {plan['gpu']}; change: {stage['advice']}")
+    _show("plan.md.jinja", plan, as_json)
+    for note in [] if as_json else render("plan_notes.jinja", answer=plan).splitlines():
+        say(note)
 
 
-@app.command()
 def check(
-    recipe: Annotated[Path | None, typer.Argument(help="A recipe file, or else --data.")] = None,
-    overrides: Overrides = None,
-    data: Annotated[Path | None, typer.Option(help="A data file to check by itself.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Its picture folder, zip or tar.")] = None,
-    fast: Annotated[bool, typer.Option(help="Pictures only have to be there, they are not decoded.")] = False,
-    workers: Annotated[int | None, typer.Option(help="Processes; default one a core.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Where all findings go as JSON.")] = None,
-    write_clean: Annotated[Path | None, typer.Option(help="Where the good rows of --data go, each once.")] = None,
-    out: RunFolder = None,
-    as_json: AsJson = False,
+    recipe: Path | None = None,
+    overrides: list[str] | None = None,
+    data: Path | None = None,
+    images: Path | None = None,
+    fast: bool = False,
+    workers: int | None = None,
+    report: Path | None = None,
+    write_clean: Path | None = None,
+    out: Path | None = None,
+    as_json: bool = False,
 ) -> None:
     """Look at every row before anything trains; exit 1 if some cannot be used."""
     from llavakd.preflight import check_data, check_recipe
 
-    if (recipe is None) == (data is None) or (recipe and write_clean):
-        raise UserError("give either a recipe or --data FILE; --write-clean goes with --data")
-    if recipe is not None:
+    if recipe and not (data or write_clean):
         loaded = load_recipe(recipe, overrides or [])
         found = check_recipe(loaded, out or Path("runs") / loaded.name, fast=fast, workers=workers)
-    else:
+    elif data and not recipe:
         source = DataConfig(path=str(data), images=str(images) if images else None)
-        name = Path(source.path).name
-        found = {name: check_data(name, source, [], fast=fast, workers=workers, clean=write_clean)}
-    text = json.dumps(found, ensure_ascii=False)
-    if report is not None:
-        report.write_text(text + "\n", encoding="utf-8")
-    print(text) if as_json else _show("check.md.jinja", found=found)  # noqa: T201
+        found = {data.name: check_data(data.name, source, [], fast=fast, workers=workers, clean=write_clean)}
+    else:
+        raise UserError("give either a recipe or --data FILE; --write-clean goes with --data")
+    if report:
+        report.write_text(json.dumps(found, ensure_ascii=False) + "\n", encoding="utf-8")
+    _show("check.md.jinja", found, as_json)
     if any(source["unusable"] for source in found.values()):
         sys.exit(1)
 
 
-@app.command()
 def shapes(
-    directory: Annotated[Path, typer.Argument(help="A new or empty folder.")],
-    scenes: Annotated[int, typer.Option(help="Train scenes.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Decides everything.")] = 0,
-    test_questions: Annotated[int, typer.Option(help="Rows of test.json.")] = 1000,
-    noise: Annotated[float, typer.Option(help="Share of training questions answered wrongly.")] = 0.0,
-    workers: Annotated[int, typer.Option(help="Processes that draw.")] = 1,
+    directory: Path, scenes: int = 2000, seed: int = 0, test_questions: int = 1000, noise: float = 0.0, workers: int = 1
 ) -> None:
     """Write the built-in miniature world as a LLaVA-format folder."""
     from llavakd.shapes import write_world
 
-    numbers = {"scenes": scenes, "seed": seed, "test_questions": test_questions, "workers": workers}
+    numbers: Any = dict(scenes=scenes, seed=seed, test_questions=test_questions, noise=noise, workers=workers)
     with bar("draw", scenes) as advance:
-        summary = write_world(
-            directory, noise=noise, progress=lambda done, total: advance(done * scenes // total), **numbers
-        )
-    print(f"{directory}: {summary.pictures} pictures, rows {summary.rows}")  # noqa: T201
+        summary = write_world(directory, **numbers, progress=lambda done, total: advance(done * scenes // total))
+    typer.echo(f"{directory}: {summary.pictures} pictures, rows {summary.rows}")
 
 
-@app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A LLaVA folder in transformers form.")],
-    data: Annotated[Path | None, typer.Option(help="LLaVA-format questions; the last gpt turn is the truth.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Picture folder or zip.")] = None,
+    model: str,
+    data: Path | None = None,
+    images: Path | None = None,
     template: TemplateName = "vicuna_v1",
-    metric: Annotated[
-        Literal["exact_match", "vqa_accuracy", "option_letter", "yes_no"], typer.Option(help="Rule that scores --data.")
-    ] = "exact_match",
-    tasks: Annotated[
-        str | None, typer.Option(help="Instead of --data: paper10, or lmms-eval tasks and columns of it, a,b,c.")
-    ] = None,
-    include: Annotated[Path | None, typer.Option(help="Folder of more tasks, as lmms-eval's YAML.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions, of each task.")] = None,
-    out: Annotated[Path, typer.Option(help="Where the predictions go.")] = Path("eval"),
-    batch_size: Annotated[int, typer.Option(help="Questions answered at once.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 128,
-    as_json: AsJson = False,
+    metric: MetricName = "exact_match",
+    tasks: str | None = None,
+    include: Path | None = None,
+    limit: int | None = None,
+    out: Path = Path("eval"),
+    batch_size: int = 64,
+    max_new_tokens: int = 128,
+    as_json: bool = False,
 ) -> None:
     """Answer and score a question file, or benchmarks through lmms-eval."""
-    if (data is None) == (tasks is None):
-        raise UserError("got both --data and --tasks, or neither; give a question file or names of benchmarks")
     source = TeacherConfig(path=model, dtype="float32")
     questions = DataConfig(path=str(data or ""), images=str(images) if images else None, template=template)
     evaluation = EvaluationConfig(data="data", metric=metric, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    if tasks is None:
+    if data and not tasks:
         from llavakd.pipeline import evaluate_folder
 
-        row = evaluate_folder(source, questions, evaluation, out, limit=limit)
-    else:
+        _show("results.md.jinja", evaluate_folder(source, questions, evaluation, out, limit=limit), as_json)
+    elif tasks and not data:
         try:
             from llavakd.evaluate.lmms import evaluate_tasks
         except ImportError as error:
-            raise UserError(
-                f"--tasks: {error}; run pip install 'llava-kd[eval]' and then pip install --no-deps lmms-eval==0.7.3"
-            ) from error
-        row = evaluate_tasks(
-            source, tasks.replace(" ", "").split(","), questions, evaluation, out, include=include, limit=limit
-        )
-    if as_json:
-        print(json.dumps(row))  # noqa: T201
-    elif tasks is None:
-        _show("results.md.jinja", rows=[row])
+            how = "pip install 'llava-kd[eval]' and then pip install --no-deps lmms-eval==0.7.3"
+            raise UserError(f"--tasks: {error}; run {how}") from error
+        names = tasks.replace(" ", "").split(",")
+        row = evaluate_tasks(source, names, questions, evaluation, out, include=include, limit=limit)
+        _show("benchmarks.md.jinja", row, as_json)
     else:
-        _show("benchmarks.md.jinja", **row)
+        raise UserError("got both --data and --tasks, or neither; give a question file or names of benchmarks")
 
 
-@app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
-    out: Annotated[Path | None, typer.Option(help="Where the report goes; default the first run.")] = None,
-) -> None:
+def report(runs: list[Path], out: Path | None = None) -> None:
     """Write results.json, report.md and report.html from one or more runs."""
     from llavakd.report import write_report
 
     folder = out or runs[0]
     write_report(runs, folder)
-    _show("results.md.jinja", **json.loads((folder / "results.json").read_text(encoding="utf-8")))
-    print(f"Report: {folder / 'report.html'}")  # noqa: T201
+    _show("results.md.jinja", json.loads((folder / "results.json").read_text(encoding="utf-8")))
+    typer.echo(f"Report: {folder / 'report.html'}")
 
 
-@app.command()
-def convert(
-    source: Annotated[Path, typer.Argument(help="A TinyLLaVA, LLaVA-KD or LLaVA-1.5 checkpoint folder.")],
-    target: Annotated[Path, typer.Argument(help="A new or empty folder.")],
-    tokenizer: Annotated[str | None, typer.Option(help="Where SOURCE has none; folder or hub name.")] = None,
-    vision_tower: Annotated[str | None, typer.Option(help="Where its image processor (and tower) is.")] = None,
-) -> None:
+def convert(source: Path, target: Path, tokenizer: str | None = None, vision_tower: str | None = None) -> None:
     """Write a checkpoint of another project as a transformers folder that computes the same."""
     from llavakd.models.tinyllava import convert as convert_checkpoint
 
-    print(convert_checkpoint(source, target, tokenizer=tokenizer, vision_tower=vision_tower))  # noqa: T201
+    typer.echo(convert_checkpoint(source, target, tokenizer=tokenizer, vision_tower=vision_tower))
 
 
-@app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="A run, one of its stages, or a LLaVA folder.")],
-    target: Annotated[Path, typer.Argument(help="A new or empty folder.")],
-    dtype: Annotated[Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="Default: as stored.")] = None,
-    license: Annotated[str, typer.Option(help="For the model card, as the hub spells it.")] = "other",
-    push: Annotated[str | None, typer.Option(help="OWNER/NAME on a hub, private where it is new.")] = None,
+    model: str, target: Path, dtype: DtypeName | None = None, license: str = "other", push: str | None = None
 ) -> None:
     """Write a trained model as a plain transformers folder with a model card, its logits compared before and after."""
     from huggingface_hub import HfApi
 
     from llavakd.export import export_model, push_folder
 
-    print(export_model(model, target, dtype=dtype, license=license))  # noqa: T201
+    typer.echo(export_model(model, target, dtype=dtype, license=license))
     if push:
-        print(push_folder(target, push, HfApi()))  # noqa: T201
+        typer.echo(push_folder(target, push, HfApi()))
 
 
-@app.command()
-def chat(
-    model: Annotated[str, typer.Argument(help="A run, one of its stages, or a LLaVA folder.")],
-    image: Annotated[Path, typer.Argument(help="A picture.")],
-    question: Annotated[str | None, typer.Argument(help="Without one, questions are read line by line.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
-) -> None:
+def chat(model: str, image: Path, question: str | None = None, max_new_tokens: int = 512) -> None:
     """Ask a model about a picture."""
     from llavakd.chat import ask_about
 
     ask_about(model, image, question, max_new_tokens=max_new_tokens)
 
 
-@app.command()
-def demo(
-    models: Annotated[list[str], typer.Argument(help="Up to three runs, stages or LLaVA folders.")],
-    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Where the page is served.")] = 7860,
-    max_upload: Annotated[int, typer.Option(min=1, help="Largest picture file in MiB.")] = 10,
-) -> None:
+def demo(models: list[str], host: str = "127.0.0.1", port: int = 7860, max_upload: int = 10) -> None:
     """Serve a page on which up to three models answer the same question side by side."""
     from llavakd.demo import run_demo
 
     run_demo(models, host=host, port=port, max_upload=max_upload)
 
 
-def _show(template: str, **content: Any) -> None:
-    """A Markdown template, drawn."""
-    Console().print(Markdown(render(template, **content)))
+def _described(function: Callable[..., None]) -> Callable[..., None]:
+    """A function whose parameters are options and arguments; assets/options.yaml says what they are for."""
+    said, hints = OPTIONS["any"] | OPTIONS.get(function.__name__, {}), function.__annotations__
+    for name, parameter in inspect.signature(function).parameters.items():
+        settings = {"help": said[name]} if isinstance(said[name], str) else dict(said[name])
+        kind = typer.Argument if parameter.default is parameter.empty or name in ARGUMENTS else typer.Option
+        hints[name] = Annotated[hints[name], kind(*settings.pop("names", ()), **settings)]
+    return function
+
+
+for each in (quickstart, train, plan, check, shapes, evaluate, report, convert, export, chat, demo):
+    app.command("eval" if each is evaluate else None)(_described(each))
+
+
+def _show(template: str, answer: dict[str, Any], as_json: bool = False) -> None:
+    """One JSON object, or a Markdown template, drawn."""
+    if as_json:
+        typer.echo(json.dumps(answer))
+    else:
+        Console().print(Markdown(render(template, answer=answer)))
 
 
 def main() -> None:

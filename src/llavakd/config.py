@@ -3,13 +3,12 @@
 Run lines: `load_recipe(Path("recipes/shapes/smoke.yaml"), ["stages.dpt.learning_rate=1e-3"])`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
+import math
 import re
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,9 +17,10 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from llavakd.errors import RecipeError, nearest
-from llavakd.recipe_checks import find_problems
 
 Part = Literal["vision_tower", "projector", "language_model"]
+TemplateName = Literal["pretrain", "vicuna_v1", "chatml"]
+MetricName = Literal["exact_match", "vqa_accuracy", "option_letter", "yes_no"]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -57,8 +57,8 @@ class SubsetConfig:
 
     group: str
     """Regular expression; the text that it matches in a row's id names the row's group."""
-    start: float = 0.0
-    stop: float = 1.0
+    start: Share = 0.0
+    stop: Share = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class DataConfig:
     images: str | None = None
     """Folder, zip or tar archive that the rows' picture names are relative to."""
     subset: SubsetConfig | None = None
-    template: Literal["pretrain", "vicuna_v1", "chatml"] = "vicuna_v1"
+    template: TemplateName = "vicuna_v1"
     max_length: Count = 2048
     """Longest row in tokens, picture tokens included; a longer one is cut on the right and counted as `truncated`."""
 
@@ -138,7 +138,7 @@ class EvaluationConfig:
     """Generation and scoring after the last stage."""
 
     data: str
-    metric: Literal["exact_match", "vqa_accuracy", "option_letter", "yes_no"] = "exact_match"
+    metric: MetricName = "exact_match"
     """Rule by which answers are scored: METRICS in evaluate/scoring.py."""
     batch_size: Count = 64
     max_new_tokens: Count = 32
@@ -195,16 +195,13 @@ class _RecipeLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node)
-            if key in seen:
+            if (key := self.construct_object(key_node)) in seen:
                 raise RecipeError(f"key {key!r} stands twice (line {key_node.start_mark.line + 1}); remove one")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+_RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), None)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -216,8 +213,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 text: {error}") from error
     if not isinstance(tree, dict):
-        found = type(tree).__name__
-        raise RecipeError(f"{path} holds a {found}, expected a mapping with keys name, student, data, ...")
+        kind = type(tree).__name__
+        raise RecipeError(f"{path} holds a {kind}, expected a mapping with keys name, student, data, ...")
     for override in overrides:
         try:
             _apply_override(tree, override)
@@ -232,10 +229,10 @@ def parse_recipe(tree: dict[str, Any]) -> Recipe:
         # JSON mode: strict on types, yet lists may become tuples.
         recipe = TypeAdapter(Recipe).validate_json(json.dumps(tree))
     except ValidationError as error:
-        raise RecipeError("\n".join(_explain(problem) for problem in error.errors())) from None
+        raise RecipeError("\n".join(map(_explain, error.errors()))) from None
     except TypeError as error:
         raise RecipeError(f"the recipe holds a value that is neither text, number, list nor mapping: {error}") from None
-    if problems := list(find_problems(recipe)):
+    if problems := list(_problems(recipe)):
         raise RecipeError("\n".join(problems))
     return recipe
 
@@ -254,32 +251,24 @@ def resolve_paths(recipe: Recipe, out: Path) -> Recipe:
     """Replace the prefixes `world:` (RUN/world) and `package:` (files shipped with llavakd) in every path."""
     folders = {"world": out / "world", "package": Path(__file__).parent / "assets"}
 
-    def place(path: str) -> str:
-        prefix, colon, rest = path.partition(":")
-        return str(folders[prefix] / rest) if colon and prefix in folders else path
+    def place(part: dict[str, Any]) -> dict[str, Any]:
+        for key in ("vision_tower", "language_model", "path", "images"):
+            prefix, colon, rest = str(part.get(key)).partition(":")
+            if colon and prefix in folders:
+                part[key] = str(folders[prefix] / rest)
+        return part
 
-    def placed(part: Any, *keys: str) -> Any:
-        paths = {key: getattr(part, key) for key in keys}
-        return dataclasses.replace(part, **{key: place(path) for key, path in paths.items() if path})
-
-    student = placed(recipe.student, "vision_tower", "language_model")
-    data = {name: placed(source, "path", "images") for name, source in recipe.data.items()}
-    teacher = recipe.teacher and placed(recipe.teacher, "path")
-    return dataclasses.replace(recipe, student=student, data=data, teacher=teacher)
+    return parse_recipe(json.loads(json.dumps(to_tree(recipe)), object_hook=place))
 
 
-def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+def differing_keys(old: Any, new: Any, place: str = "") -> list[str]:
     """Dotted names of the leaves in which two recipe trees differ, with both values."""
-    found: list[str] = []
-    for key in dict.fromkeys([*old, *new]):
-        left, right = old.get(key), new.get(key)
-        if isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
-            left, right = dict(enumerate(left)), dict(enumerate(right))
-        if isinstance(left, dict) and isinstance(right, dict):
-            found += differing_keys(left, right, f"{prefix}{key}.")
-        elif left != right:
-            found.append(f"{prefix}{key}: {left!r} -> {right!r}")
-    return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = {key: (old.get(key), new.get(key)) for key in [*old, *new]}
+        return [line for key, pair in pairs.items() for line in differing_keys(*pair, f"{place}.{key}")]
+    return [f"{place.removeprefix('.')}: {old!r} -> {new!r}"] if old != new else []
 
 
 def control_twin(recipe: Recipe) -> Recipe:
@@ -307,46 +296,83 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     *parents, last = path.split(".")
     node: Any = tree
     for depth, key in enumerate(parents, start=1):
-        node = _child(node, key, ".".join(parents[:depth]))
+        place = ".".join(parents[:depth])
+        if isinstance(node, list):
+            numbered = {str(index): entry for index, entry in enumerate(node) if isinstance(entry, dict)}
+            node = numbered | (named := {str(entry.get("name")): entry for entry in numbered.values()})
+            if key not in node:
+                raise RecipeError(f"no entry {key!r} at {place}{nearest(key, named)}")
+        elif node.get(key) is None and key in ("teacher", "evaluation", "world", "subset"):
+            node[key] = {}
+        if not isinstance(node.get(key), dict | list):
+            raise RecipeError(f"{place} is not a mapping{nearest(key, node)}")
+        node = node[key]
     if isinstance(node, list):
         raise RecipeError(f"{'.'.join(parents)} is a list; name one of its entries and a key")
     node[last] = _read_yaml(value, repr(value))
 
 
-def _child(node: dict[str, Any] | list[Any], key: str, place: str) -> Any:
-    if isinstance(node, list):
-        numbered = {str(index): entry for index, entry in enumerate(node) if isinstance(entry, dict)}
-        named = {str(entry.get("name")): entry for entry in numbered.values()}
-        if key not in numbered | named:
-            raise RecipeError(f"no entry {key!r} at {place}{nearest(key, named)}")
-        return (numbered | named)[key]
-    if node.get(key) is None and key in ("teacher", "evaluation", "world", "subset"):
-        node[key] = {}
-    if not isinstance(node.get(key), dict | list):
-        raise RecipeError(f"{place} is not a mapping{nearest(key, node)}")
-    return node[key]
-
-
 def _explain(problem: Any) -> str:
-    place, last, got = ".".join(map(str, problem["loc"])), str(problem["loc"][-1]), problem["input"]
+    *above, last = problem["loc"]
+    place, got = ".".join(map(str, problem["loc"])), problem["input"]
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"unknown key {place!r}{nearest(last, _known_keys(problem['loc'][:-1]))}"
+        return f"unknown key {place!r}{nearest(last, [field.name for field in dataclasses.fields(_owner(above))])}"
     if problem["type"] in ("missing", "missing_argument"):
         return f"key {place!r} is missing; add it"
     if problem["type"] == "literal_error":
-        expected = problem["ctx"]["expected"]
-        choices = re.findall("'(.*?)'", expected)
-        return f"{place}: got {got!r}, expected {expected}{nearest(str(got), choices)}"
+        hint = nearest(str(got), re.findall(r"'(.*?)'", problem["ctx"]["expected"]))
+        return f"{place}: got {got!r}, expected {problem['ctx']['expected']}{hint}"
     return f"{place}: got {got!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
-def _known_keys(place: Iterable[Any]) -> list[str]:
-    """The keys of the dataclass at `place`, found through the annotations."""
-    owner: Any = Recipe
-    steps = iter(place)
-    for key in steps:
-        hint = typing.get_type_hints(owner)[key]
-        owner = next(member for member in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(member))
-        if typing.get_origin(hint) in (dict, tuple):
-            next(steps)  # a key or an index of dict[str, X] or tuple[X, ...]
-    return [field.name for field in dataclasses.fields(owner)]
+def _owner(place: list[Any], kind: Any = Recipe) -> Any:
+    """The dataclass at `place` below `kind`, found through the annotations."""
+    if not place:
+        return kind
+    hint = typing.get_type_hints(kind)[place[0]]
+    inner = next(part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part))
+    return _owner(place[2 if typing.get_origin(hint) in (dict, tuple) else 1 :], inner)
+
+
+def _problems(recipe: Recipe) -> Iterator[str]:
+    """Why a recipe whose keys and values are right one by one cannot make a run."""
+    names = [stage.name for stage in recipe.stages]
+    if not names:
+        yield "stages: got an empty list, expected at least one stage"
+    for name in dict.fromkeys(names):
+        if names.count(name) > 1:
+            yield f"stages: two stages are called {name!r}; every stage writes its own folder, rename one"
+        if not name.replace("-", "").replace("_", "").isalnum():
+            yield f"stages: {name!r} becomes a folder name; use letters, digits, - and _ only"
+    read = [("evaluation", recipe.evaluation.data)] if recipe.evaluation else []
+    for index, stage in enumerate(recipe.stages):
+        place = f"stages.{index} ({stage.name})"
+        yield from (f"{place}.{problem}" for problem in _stage_problems(stage, recipe.teacher))
+        read += [(place, name) for name in stage.sources]
+    for place, name in read:
+        if name not in recipe.data:
+            yield f"{place}.data: no source {name!r} under data{nearest(name, recipe.data)}"
+    for name, source in recipe.data.items():
+        group = source.subset.group if source.subset else ""
+        try:
+            re.compile(group)
+        except re.error as error:
+            yield f"data.{name}.subset.group: {group!r} is no regular expression: {error}"
+
+
+def _stage_problems(stage: StageConfig, teacher: TeacherConfig | None) -> Iterator[str]:
+    losses, weights, micro = stage.losses, stage.losses.weights, stage.micro_batch_size
+    if not stage.train:
+        yield "train: the stage trains nothing; name vision_tower, projector or language_model"
+    if not any(weights.values()):
+        yield f"losses: every weight is 0; give at least one of {', '.join(weights)} a weight"
+    if losses.distils and not teacher:
+        part = next(part for part, weight in weights.items() if weight and part != "ce")
+        yield f"losses.{part}: distils, but the recipe has no `teacher`; add teacher: {{path: ...}} or set the weight to 0"
+    if not 0 <= losses.beta <= 1 or not losses.temperature > 0:
+        yield f"losses: beta must lie in [0, 1] and temperature above 0, got {losses.beta} and {losses.temperature}"
+    for key in ("learning_rate", "epochs", "global_batch_size", "max_grad_norm"):
+        if not 0 < getattr(stage, key) < math.inf:
+            yield f"{key}: got {getattr(stage, key)}, expected a finite number above 0"
+    if micro and stage.global_batch_size % micro:
+        yield f"micro_batch_size: got {micro}, expected a divisor of global_batch_size {stage.global_batch_size}"

@@ -1,7 +1,5 @@
 """What the user did wrong, said so that they can mend it."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

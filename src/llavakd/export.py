@@ -34,8 +34,7 @@ def open_model(given: str, *, as_stored: bool = False) -> Opened:
     ledger = Path(given) / "pipeline.json"
     if ledger.is_file():
         stages = json.loads(ledger.read_text(encoding="utf-8"))["stages"]
-        done = [stage["name"] for stage in stages if stage["state"] == "done"]
-        if not done:
+        if not (done := [stage["name"] for stage in stages if stage["state"] == "done"]):
             raise UserError(f"{given} has no finished stage; go on with `llava-kd train`, or name a model folder")
         given = str(ledger.with_name(done[-1]))
     folder = str(inner) if (inner := Path(given) / "model").is_dir() else given

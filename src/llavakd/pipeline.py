@@ -1,7 +1,5 @@
 """Stages in order: each starts from the one before, is known by its fingerprint, and is skipped once it is done."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import platform

@@ -4,20 +4,20 @@ FLOPs are counted from the shapes of the layers. Activations are what autograd k
 tensors without data (FakeTensorMode), with one decoder layer and with two; the whole stack follows from the difference.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import itertools
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import ref
 
+import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoConfig, AutoTokenizer
 
 from llavakd.config import Recipe, StageConfig, resolve_paths
@@ -28,21 +28,16 @@ from llavakd.losses.rows import GRADIENT_CHUNKS, rows_at_once
 from llavakd.models.parts import FAMILIES, load
 from llavakd.models.student import VisionLanguageModel, final_hidden, outline, student_config, vision_features
 from llavakd.models.teacher import DTYPES
+from llavakd.templates import render
 from llavakd.train.loop import shard_of, total_steps
 
-# bf16 TFLOP/s of the matrix units (dense, fp32 accumulation) and memory in GiB, from the vendors' data sheets.
-GPUS = {
-    **{"A100-40": (312, 40), "A100-80": (312, 80), "H100": (989, 80), "H200": (989, 141), "B200": (2250, 180)},
-    **{"L4": (121, 24), "L40S": (362, 48), "A6000": (155, 48), "RTX-3090": (71, 24), "RTX-4090": (165, 24)},
-}
+_KNOWN = yaml.safe_load((Path(__file__).parent / "assets" / "plan.yaml").read_text(encoding="utf-8"))
+GPUS = _KNOWN["gpus"]  # name -> (TFLOP/s, GiB)
 _USABLE = 0.92  # of a GPU's memory; the rest goes to the driver, to fragments and to work space
-# Rows and text tokens per row of the published files, for a plan before the download; the tokens are our estimate.
-_PUBLISHED = {"blip_laion_cc_sbu_558k.json": (558_128, 25), "llava_v1_5_mix665k.json": (665_298, 200)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tokens:
-    """A data source: its rows, what a mean row holds, and the most that a row holds."""
+class Tokens(NamedTuple):
+    """Of a source or a stage: its rows, the mean tokens of a row, and the most that a row holds."""
 
     rows: int
     visual: float
@@ -73,28 +68,27 @@ def plan_run(
         raise UserError(f"got --gpus {gpus} and --efficiency {efficiency}; expected at least 1, and a share up to 1")
     recipe = resolve_paths(recipe, Path("runs") / recipe.name)
     models = {"student": outline(student_config(recipe.student))}
-    assumptions = ["hours are those of bf16, precision is fp32"] if recipe.precision == "fp32" else []
     if recipe.teacher and any(stage.losses.distils for stage in recipe.stages):
         config = load(AutoConfig, recipe.teacher.path, key="teacher.path")
         if (kind := config.model_type) not in FAMILIES:
-            known = ", ".join(FAMILIES)
-            raise UserError(f"teacher.path: {recipe.teacher.path} holds a {kind!r} model, expected one of {known}")
+            raise UserError(f"teacher.path: {recipe.teacher.path} is a {kind!r}, expected {' or '.join(FAMILIES)}")
         models["teacher"] = outline(config)
-        if len(set(map(_tower_flops, models.values()))) == 1:
-            assumptions.append("vision towers of equal size are taken to be equal: one run serves both models")
-    sources = {
-        name: _tokens(recipe, name, models["student"].tokens_per_image, rows, text_tokens, assumptions)
-        for name in {name: None for stage in recipe.stages for name in stage.sources}
-    }
+    towers = [_forward_flops(model, model.tokens_per_image, 0)[0] for model in models.values()]
+    names = dict.fromkeys(name for stage in recipe.stages for name in stage.sources)
+    sources = {name: _tokens(recipe, name, models["student"].tokens_per_image, rows, text_tokens) for name in names}
+    guessed = {name: sources[name] for name in names if not Path(recipe.data[name].path).is_file()}
+    assumed = render("plan_assumed.jinja", recipe=recipe, guessed=guessed, one_tower=towers[0] in towers[1:])
     stages = []
     for stage in recipe.stages:
         teacher = models["teacher"] if stage.losses.distils else None
-        tokens = _mixed([(sources[name], weight) for name, weight in stage.sources.items()])
-        cost = StageCost(recipe, stage, models["student"], teacher, tokens, gpus)
-        stages.append(cost.plan(gpu, efficiency))
+        weights = [round(weight * sources[name].rows) for name, weight in stage.sources.items()]
+        columns = list(zip(*(sources[name] for name in stage.sources), strict=True))
+        means = np.average(columns[1:4], axis=1, weights=weights).tolist()
+        tokens = Tokens(sum(weights), *means, *map(max, columns[4:]))
+        stages.append(StageCost(recipe, stage, models["student"], teacher, tokens, gpus).plan(gpu, efficiency))
     answer = {"name": recipe.name, "gpu": gpu, "gpus": gpus, "efficiency": efficiency}
     sizes = {name: _sizes(model) for name, model in models.items()}
-    return answer | {"parameters": sizes, "stages": stages, "assumptions": assumptions}
+    return answer | {"parameters": sizes, "stages": stages, "assumptions": assumed.splitlines()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +100,7 @@ class StageCost:
     student: VisionLanguageModel
     teacher: VisionLanguageModel | None
     tokens: Tokens
-    gpus: int = 1
+    gpus: int
 
     def plan(self, gpu: str, efficiency: float) -> dict[str, Any]:
         """Everything about the stage on GPUs of a kind of GPUS."""
@@ -124,7 +118,7 @@ class StageCost:
         return {
             "name": stage.name,
             "trainable": sum(p.numel() for p in self.student.model.parameters() if p.requires_grad),
-            "tokens": asdict(tokens),
+            "tokens": tokens._asdict(),
             "steps": steps,
             "micro_batch_size": micro,
             "accumulation": stage.global_batch_size // (micro * self.gpus),
@@ -139,61 +133,64 @@ class StageCost:
         losses, again, tokens = self.stage.losses, self.recipe.gradient_checkpointing, self.tokens
         tower_learns, projector_learns, text_learns = (part in self.stage.train for part in self.student.parts())
         count, pictures = self.student.tokens_per_image, tokens.visual / self.student.tokens_per_image
-        tower, linear, attention, projector = _forward_flops(self.student, tokens)
+        tower, linear, attention, projector = _forward_flops(self.student, tokens.visual, tokens.text)
         # A frozen layer passes the gradient on: one product; a learning one makes its own, too. Attention: five for two.
         backward = linear * (1 + text_learns) + attention * 2.5 + 2 * projector * projector_learns
         # A layer is made again up to its last matrix, which is not needed.
         config = self.student.model.config.text_config
         last = 2 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
         backward += again * (linear + attention - last * (tokens.visual + tokens.text))
-        width, ds, live = self._width(), self.student.head.shape[1], self._live(tokens.visual, tokens.response)
+        vocabulary = min(len(model.head) for model in (self.student, self.teacher) if model)
+        ds, live = self.student.head.shape[1], self._live(tokens.visual, tokens.response)
         flops = {
             "vision_tower": tower,
             "student_forward": linear + attention + projector,
             "student_backward": backward + tower * (2 + again) * tower_learns,
-            "heads": 2 * live * width * ds * (2 + text_learns),
+            "heads": 2 * live * vocabulary * ds * (2 + text_learns),
         }
         if self.teacher:
-            dt, (theirs, *others) = self.teacher.head.shape[1], _forward_flops(self.teacher, tokens)
+            dt, (theirs, *others) = self.teacher.head.shape[1], _forward_flops(self.teacher, tokens.visual, tokens.text)
             flops["teacher"] = sum(others) + theirs * (tower_learns or theirs != tower)
-            flops["heads"] += 2 * live * width * dt
-            squares = 4 * width * ds * ds * text_learns / micro  # a frozen head's is made once
+            flops["heads"] += 2 * live * vocabulary * dt
+            squares = 4 * vocabulary * ds * ds * text_learns / micro  # a frozen head's is made once
             grams = 2 * count * (ds * ds * (2 + text_learns) + dt * dt) + 2 * count**2 * (3 * ds + dt)
             flops["relation"] = (squares + pictures * grams) * bool(losses.relation and pictures)
         return flops
 
     def memory(self, micro: int, checkpointing: bool, teacher_dtype: str) -> dict[str, float]:
         """Bytes on one GPU by part, with `micro` of the longest rows, and their `peak`."""
-        model, head, tokens, width = self.student.model, self.student.head, self.tokens, self._width()
+        model, head, tokens, train = self.student.model, self.student.head, self.tokens, self.stage.train
+        vocabulary = min(len(model.head) for model in (self.student, self.teacher) if model)
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         gradients = sum(parameter.nbytes for parameter in learning)
-        bf16, parts = self.recipe.precision == "bf16", self.student.parts()
-        # Two bytes per weight: the copies that autocast holds until the loss is made; without checkpointing they are kept.
-        copies = sum(_linear_flops(parts[part]) for part in self.stage.train) * (checkpointing and bf16)
+        bf16 = self.recipe.precision == "bf16"
         visual = tokens.most_pictures * self.student.tokens_per_image
         live = micro * self._live(visual, (tokens.longest - visual) * tokens.response / tokens.text)
         # Logits of a chunk, gradients kept of some, the head in two bytes, its gradient, and the gradient to the rows.
-        at_once = rows_at_once(width, 2 if bf16 else 4, "cuda")
-        chunk = 4 * width * min(live, at_once) * (2 if self.teacher else 1)
-        chunk += (2 if bf16 else 4) * width * min(live, GRADIENT_CHUNKS * at_once)
-        loss = chunk + 2 * width * head.shape[1] * bf16 + head.nbytes * head.requires_grad + 8 * live * head.shape[1]
-        theirs = list(self.teacher.model.parameters()) if self.teacher else []
-        memory = {
+        at_once = rows_at_once(vocabulary, 2 if bf16 else 4, "cuda")
+        loss = 4 * vocabulary * min(live, at_once) * (2 if self.teacher else 1)
+        loss += (2 if bf16 else 4) * vocabulary * min(live, GRADIENT_CHUNKS * at_once) + 2 * vocabulary * head.shape[
+            1
+        ] * bf16
+        loss += head.nbytes * head.requires_grad + 8 * live * head.shape[1]
+        # Two bytes per weight: the copies that autocast holds until the loss is made; without checkpointing they are kept.
+        loss += (checkpointing and bf16) * sum(_linear_flops(self.student.parts()[part]) for part in train)
+        kept = functools.partial(self._kept, micro, checkpointing)
+        decoder, tower = model.config.text_config.num_hidden_layers, model.config.vision_config.num_hidden_layers
+        activations = kept(1, 1) + (decoder - 1) * (kept(2, 1) - kept(1, 1)) + (tower - 1) * (kept(1, 2) - kept(1, 1))
+        layer = self._kept(micro, False, 2, 1) - self._kept(micro, False, 1, 1) if checkpointing else 0
+        standing = {
             "weights": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
-            "teacher": sum(parameter.numel() for parameter in theirs) * DTYPES[teacher_dtype].itemsize,
+            "teacher": self.teacher.model.num_parameters() * DTYPES[teacher_dtype].itemsize if self.teacher else 0,
             "optimizer": 2 * gradients + 4 * len(learning),
-            "gradients": gradients,
-            "activations": self._saved(micro, checkpointing)[0],
-            "recomputed layer": self._saved(micro, False)[1] * checkpointing,
-            "loss": loss + copies,
         }
-        standing = sum(memory[part] for part in ("weights", "teacher", "optimizer"))
-        standing += gradients * (self.gpus > 1)  # DDP's buckets
-        passing = memory["activations"] + max(memory["loss"], memory["recomputed layer"])
+        passing = activations + max(loss, layer)
         # Without accumulation gradients come while activations go, all but the layer that is made again.
         accumulates = self.stage.global_batch_size > micro * self.gpus
-        moving = gradients + passing if accumulates else max(gradients + memory["recomputed layer"], passing)
-        return memory | {"peak": standing + moving}
+        moving = gradients + passing if accumulates else max(gradients + layer, passing)
+        moving += gradients * (self.gpus > 1)  # DDP's buckets
+        parts = {"gradients": gradients, "activations": activations, "recomputed layer": layer, "loss": loss}
+        return standing | parts | {"peak": sum(standing.values()) + moving}
 
     def _advice(self, now: tuple[int, bool, str], usable: float) -> str:
         """The settings with which the stage fits, written as overrides; empty where it fits as it is."""
@@ -205,27 +202,10 @@ class StageCost:
                 return " ".join(f"{key}={value}".lower() for key, value, old in pairs if value != old)
         return "a GPU with more memory: no setting of the recipe is enough"
 
-    def _width(self) -> int:
-        return min(len(model.head) for model in (self.student, self.teacher) if model)
-
     def _live(self, visual: float, response: float) -> float:
         """Positions, of so many, that reach the heads."""
         losses = self.stage.losses
         return response * bool(losses.ce or losses.response_kl) + visual * bool(losses.visual_kl)
-
-    def _saved(self, micro: int, checkpointing: bool) -> tuple[int, int]:
-        """Bytes that autograd keeps of `micro` longest rows, and of one decoder layer alone; both linear in the rows."""
-        config = self.student.model.config
-
-        def kept(*layers: int) -> int:
-            one, two = (self._kept(rows, checkpointing, *layers) for rows in (1, 2))
-            return one + (micro - 1) * (two - one)
-
-        layer = kept(2, 1) - kept(1, 1)
-        total = kept(1, 1) + (config.text_config.num_hidden_layers - 1) * layer
-        if "vision_tower" in self.stage.train:
-            total += (config.vision_config.num_hidden_layers - 1) * (kept(1, 2) - kept(1, 1))
-        return total, layer
 
     @functools.cache  # noqa: B019 - lives as long as the plan is made
     def _kept(self, rows: int, checkpointing: bool, text_layers: int, vision_layers: int) -> int:
@@ -233,13 +213,12 @@ class StageCost:
         thin, train, tokens = copy.deepcopy(self.student.model.config), self.stage.train, self.tokens
         thin.text_config.num_hidden_layers, thin.vision_config.num_hidden_layers = text_layers, vision_layers
         thin.vision_feature_layer = -1
-        student, vision, saved = outline(thin), thin.vision_config, dict[int, tuple[StorageWeakRef, int]]()
+        student, vision, saved = outline(thin), thin.vision_config, list[ref[Tensor]]()
         student.train_only(train)
         model = student.model.train()
 
         def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            saved[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+            saved.append(ref(tensor))
             return tensor
 
         with FakeTensorMode():
@@ -254,8 +233,8 @@ class StageCost:
                     features = vision_features(model, torch.empty(pictures, 3, vision.image_size, vision.image_size))
                 hidden = final_hidden(model, visual.long(), visual.long(), visual, features)  # noqa: F841 - its graph
         own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        # Freed by now is what unused layers saved.
-        return sum(size for key, (storage, size) in saved.items() if key not in own and not storage.expired())
+        kept = [tensor.untyped_storage() for one in saved if (tensor := one()) is not None]  # none of unused layers
+        return sum({storage._cdata: storage.nbytes() for storage in kept if storage._cdata not in own}.values())
 
 
 def _sizes(model: VisionLanguageModel) -> dict[str, int]:
@@ -264,51 +243,26 @@ def _sizes(model: VisionLanguageModel) -> dict[str, int]:
     return sizes | {"language_model": model.model.num_parameters() - sizes["vision_tower"] - sizes["projector"]}
 
 
-def _tokens(
-    recipe: Recipe, name: str, per_picture: int, rows: int | None, text: int | None, assumptions: list[str]
-) -> Tokens:
+def _tokens(recipe: Recipe, name: str, per_picture: int, rows: int | None, text: int | None) -> Tokens:
     """Counts of a source from a sample of its rows, or assumed where its file is not there."""
     data = recipe.data[name]
     if Path(data.path).is_file():
         samples = load_samples(data)
+        chosen = samples[:: max(1, len(samples) // 512)]
         tokenizer = load(AutoTokenizer, recipe.student.language_model, key="student.language_model")
         mark = tokenizer.get_vocab().get(IMAGE_TAG, len(tokenizer))
         lengths = {"tokens_per_image": per_picture, "max_length": data.max_length}
-        renderer = ChatRenderer(data.template, tokenizer, image_token_id=mark, **lengths)
-        chosen = samples[:: max(1, len(samples) // 512)]
-        rendered = [row.segments for row in renderer.render_many(chosen)]
-        mean = {kind: sum(row.count(kind) for row in rendered) / len(rendered) for kind in Segment}
-        return Tokens(
-            rows=len(samples),
-            visual=mean[Segment.VISUAL],
-            text=mean[Segment.PROMPT] + mean[Segment.RESPONSE],
-            response=mean[Segment.RESPONSE],
-            longest=max(map(len, rendered)),
-            most_pictures=max(len(sample.images) for sample in chosen),
-        )
-    known = _PUBLISHED.get(Path(data.path).name, (None, 200))
+        rendered = ChatRenderer(data.template, tokenizer, image_token_id=mark, **lengths).render_many(chosen)
+        segments = np.bincount(np.concatenate([row.segments for row in rendered]), minlength=len(Segment))
+        _, visual, prompt, response = (segments / len(rendered)).tolist()
+        most = max(len(row.ids) for row in rendered), max(len(sample.images) for sample in chosen)
+        return Tokens(len(samples), visual, prompt + response, response, *most)
+    known = _KNOWN["published"].get(Path(data.path).name, (None, 200))
     rows, text = rows or known[0], text or known[1]
     if rows is None:
         raise UserError(f"data.{name}.path: there is no file {data.path!r}; give --rows N to plan without it")
     response = text if data.template == "pretrain" else text / 2
-    longest = min(data.max_length, per_picture + 8 * text)
-    assumptions.append(
-        f"data.{name}: no file {data.path}; assumed {rows:,} rows of one picture ({per_picture} tokens) and {text} text "
-        f"tokens, {response:.0f} of them answered, the longest row {longest} (change with --rows, --text-tokens)"
-    )
-    return Tokens(rows=rows, visual=per_picture, text=text, response=response, longest=longest)
-
-
-def _mixed(sources: list[tuple[Tokens, float]]) -> Tokens:
-    """Counts of a stage that reads each source with a weight."""
-    rows = [round(weight * tokens.rows) for tokens, weight in sources]
-    each = [tokens for tokens, _ in sources]
-    mean = {
-        name: sum(count * getattr(one, name) for count, one in zip(rows, each, strict=True)) / sum(rows)
-        for name in ("visual", "text", "response")
-    }
-    most = {name: max(getattr(one, name) for one in each) for name in ("longest", "most_pictures")}
-    return Tokens(rows=sum(rows), **mean, **most)
+    return Tokens(rows, per_picture, text, response, min(data.max_length, per_picture + 8 * text))
 
 
 def _linear_flops(module: nn.Module) -> int:
@@ -316,21 +270,16 @@ def _linear_flops(module: nn.Module) -> int:
     return 2 * sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d))
 
 
-def _attention_flops(config: Any, length: float) -> float:
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 4 * length**2 * width * config.num_attention_heads * config.num_hidden_layers
+def _forward_flops(model: VisionLanguageModel, visual: float, text: float) -> tuple[float, float, float, float]:
+    """Of a row of so many tokens: the tower, the decoder's matrices, its attention, and the projector."""
+    config, length, parts = model.model.config, visual + text, model.parts()
 
+    def attention(config: Any, length: float) -> float:
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 4 * length**2 * width * config.num_attention_heads * config.num_hidden_layers
 
-def _tower_flops(model: VisionLanguageModel) -> float:
-    count = model.features_per_image + (model.model.config.vision_feature_select_strategy == "default")
-    own = _attention_flops(model.model.config.vision_config, count)
-    return count * _linear_flops(model.parts()["vision_tower"]) + own
-
-
-def _forward_flops(model: VisionLanguageModel, tokens: Tokens) -> tuple[float, float, float, float]:
-    """Of a mean row: the tower, the decoder's matrices, its attention, and the projector."""
-    length, parts = tokens.visual + tokens.text, model.parts()
-    tower = tokens.visual / model.tokens_per_image * _tower_flops(model)
-    attention = _attention_flops(model.model.config.text_config, length)
+    patches = model.features_per_image + (config.vision_feature_select_strategy == "default")
+    tower = patches * _linear_flops(parts["vision_tower"]) + attention(config.vision_config, patches)
     linear = length * _linear_flops(parts["language_model"])
-    return tower, linear, attention, tokens.visual * _linear_flops(parts["projector"])
+    projector = visual * _linear_flops(parts["projector"])
+    return visual / model.tokens_per_image * tower, linear, attention(config.text_config, length), projector

@@ -1,7 +1,5 @@
 """What can be checked before anything trains: the pair of models, and every row as they would read it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What a person sees of long work, a bar on a terminal and plain lines elsewhere, and how they stop it."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Iterator

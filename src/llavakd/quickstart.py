@@ -1,7 +1,5 @@
 """The embedded run: distilled stages and their equal-step control on one drawn world, then one report."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`Sample` -> token ids, labels and segments, all written in one pass while the text is laid out."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass

@@ -1,7 +1,5 @@
 """Preflight of a data source: every row through template and picture processor, in parallel, before anything trains."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

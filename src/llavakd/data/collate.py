@@ -1,12 +1,10 @@
 """Rows -> a padded `Batch`."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -46,15 +44,15 @@ class Batch:
     mistakes: tuple[str, ...] = ()
     """What is wrong with the rows that could not be used; a single unsupervised token stands for each."""
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> Self:
         """The same batch with its tensors on `device`."""
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> Self:
         """Page-locked copy, for the data loader."""
         return self._with_tensors(Tensor.pin_memory)
 
-    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
         moved: dict[str, Any] = {name: change(held) for name, held in vars(self).items() if isinstance(held, Tensor)}
         return dataclasses.replace(self, **moved)
 

@@ -1,7 +1,5 @@
 """The frozen vision tower's features, kept on disk, each picture encoded once per run instead of once per step."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

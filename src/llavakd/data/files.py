@@ -1,7 +1,5 @@
 """Data files as rows that are read when asked for: a JSON list, JSON lines, parquet, or a saved `datasets` folder."""
 
-from __future__ import annotations
-
 import codecs
 import json
 import os

@@ -1,7 +1,5 @@
 """Pictures of a source -> RGB -> pixel values through the vision tower's own processor."""
 
-from __future__ import annotations
-
 import io
 import os
 import tarfile

@@ -1,7 +1,5 @@
 """Which rows make which step: global batches that do not depend on the number of processes or the micro-batch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """LLaVA-format files -> `Sample`: what a row says, before any tokenizer or picture is touched."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from array import array

@@ -3,8 +3,6 @@
 P is the teacher's distribution, Q the student's; everything is in nats and works on log-probabilities [N, V].
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Segments, weights and counts -> one scalar and its parts: the only place that divides, and it divides once."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

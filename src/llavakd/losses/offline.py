@@ -1,7 +1,5 @@
 """The loss of `distill_rows` against a teacher that is no longer there: its k likeliest ids per row, stored."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """Matrix products of the losses, and in which precision they are taken."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

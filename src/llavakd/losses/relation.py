@@ -1,7 +1,5 @@
 """RDist: one minus the cosine between the visual-token Gram matrices of student and teacher."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

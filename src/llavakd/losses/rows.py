@@ -3,8 +3,6 @@
 Gradients are made in the forward pass, chunk by chunk; backward only scales them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple

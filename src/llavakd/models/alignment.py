@@ -1,7 +1,5 @@
 """The contract of a teacher and student pair: shared ids, equal visual tokens, equal pixels, perhaps one tower."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

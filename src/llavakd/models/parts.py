@@ -1,7 +1,5 @@
 """The parts of a vision-language model, loaded from folders or hub names, and what stock transformers can hold."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 The halves, `vision_features` and `final_hidden`, exist so that one frozen tower can serve student and teacher.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass

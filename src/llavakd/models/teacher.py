@@ -1,7 +1,5 @@
 """The teacher: loaded, frozen, in eval mode, and never part of what is trained or saved."""
 
-from __future__ import annotations
-
 import torch
 
 from llavakd.config import TeacherConfig

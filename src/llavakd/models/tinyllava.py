@@ -3,8 +3,6 @@
 Layouts: TinyLLaVA_Factory (training_recipe/base.py, lora_recipe.py, load_model.py) and haotian-liu/LLaVA v1.5.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import math

@@ -6,8 +6,6 @@ rule and its logits still lie in the second-level cache. Blocks start in order (
 The reference is `losses.rows.score_torch`; `TRITON_INTERPRET=1` runs the kernel on a CPU, in float32 and float16.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Whole or absent: checkpoints written beside their place and renamed into it, with a manifest that proves them."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The loop of one stage: data in order, step, log, checkpoint, and a clean stop on Ctrl-C."""
 
-from __future__ import annotations
-
 import functools
 import json
 import resource

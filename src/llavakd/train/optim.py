@@ -1,7 +1,5 @@
 """AdamW groups and the learning-rate curve."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """One optimiser step: count the whole global batch, sum the losses, divide once."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
