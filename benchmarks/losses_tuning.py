@@ -1,4 +1,4 @@
-"""Tile, warps and order of the loss's kernel, and its chunks: what the constants of ops/rows.py and losses/rows.py are from.
+"""Tile and warps of the loss's kernel, and its chunks: what the constants of ops/rows.py and losses/rows.py are from.
 
     python benchmarks/losses_tuning.py --out benchmarks/results/losses_tuning.json     # on a GPU
 
@@ -18,8 +18,8 @@ from llavakd.ops import rows as kernels
 from losses import PAIRS, draw, environment, floor, measure, ours
 
 VOCABULARY, TURNS = 151936, 3
-CHOSEN = (1024, 1, 8, 1)  # tile, warps, rows of a group, groups between two stages
-SHAPES = [CHOSEN, (1024, 1, 8, 2), (1024, 1, 4, 4), (1024, 1, 16, 1), (512, 1, 8, 2), (1024, 2, 8, 1), (2048, 4, 8, 1)]
+CHOSEN = (2048, 8)  # tile, warps
+SHAPES = [CHOSEN, (2048, 4), (4096, 8), (4096, 16), (8192, 16)]
 CHUNKS = [(3, 512), (1, 768), (2, 640), (4, 512), (2, 768)]  # chunks whose gradients share a product, rows of a chunk
 
 
@@ -37,11 +37,11 @@ def times(images: int) -> list[dict]:
     for _ in range(TURNS):
         floors.append(measure(lambda: floor(given), "cuda", 5)[0])
         for shape, (together, count) in settings:
-            kernels._BLOCK, kernels._WARPS, kernels._GROUP, kernels._LAG = shape
+            kernels._BLOCK, kernels._WARPS = shape
             rows.GRADIENT_CHUNKS, rows.CHUNK_BYTES["cuda"] = together, count * VOCABULARY * (8 + 2 * together)
             rows._TILE = 128
             found[shape, (together, count)].append(measure(step, "cuda", 5))
-    names = ("tile", "warps", "group", "lag", "gradient_chunks", "chunk_rows")
+    names = ("tile", "warps", "gradient_chunks", "chunk_rows")
     return [
         {
             "rows": len(given["labels"]),

@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,8 @@ def run_pipeline(recipe: Recipe, out: Path) -> dict[str, Any]:
     with accelerator.main_process_first():
         draw_world(recipe, out)
     recipe, ledger = resolve_paths(recipe, out), out / "pipeline.json"
-    samples = {
-        name: load_samples(data, recipe.max_bad_rows, find_pictures=True) for name, data in used_sources(recipe).items()
-    }
+    read = partial(load_samples, max_bad_rows=recipe.max_bad_rows, find_pictures=True)
+    samples = {name: read(data) for name, data in used_sources(recipe).items()}
     if accelerator.is_main_process:
         check_before_training(recipe, samples, accelerator.num_processes)
     begun = json.loads(ledger.read_text(encoding="utf-8"))["stages"] if ledger.is_file() else []

@@ -106,7 +106,7 @@ class StageCost:
         """Everything about the stage on GPUs of a kind of GPUS."""
         recipe, stage, tokens, (rate, gib) = self.recipe, self.stage, self.tokens, GPUS[gpu]
         self.student.train_only(stage.train)
-        micro = shard_of(recipe, stage.name, rank=0, world_size=self.gpus).micro_batch_size
+        micro = shard_of(stage, rank=0, world_size=self.gpus).micro_batch_size
         steps = total_steps(tokens.rows, stage)
         seen = steps * stage.global_batch_size
         flops = {part: seen * value for part, value in self.row_flops(micro).items()}
@@ -167,12 +167,11 @@ class StageCost:
         visual = tokens.most_pictures * self.student.tokens_per_image
         live = micro * self._live(visual, (tokens.longest - visual) * tokens.response / tokens.text)
         # Logits of a chunk, gradients kept of some, the head in two bytes, its gradient, and the gradient to the rows.
-        at_once = rows_at_once(vocabulary, 2 if bf16 else 4, "cuda")
+        narrow, width = 2 if bf16 else 4, head.shape[1]
+        at_once = rows_at_once(vocabulary, narrow, "cuda")
         loss = 4 * vocabulary * min(live, at_once) * (2 if self.teacher else 1)
-        loss += (2 if bf16 else 4) * vocabulary * min(live, GRADIENT_CHUNKS * at_once) + 2 * vocabulary * head.shape[
-            1
-        ] * bf16
-        loss += head.nbytes * head.requires_grad + 8 * live * head.shape[1]
+        loss += narrow * vocabulary * min(live, GRADIENT_CHUNKS * at_once) + 2 * vocabulary * width * bf16
+        loss += head.nbytes * head.requires_grad + 8 * live * width
         # Two bytes per weight: the copies that autocast holds until the loss is made; without checkpointing they are kept.
         loss += (checkpointing and bf16) * sum(_linear_flops(self.student.parts()[part]) for part in train)
         kept = functools.partial(self._kept, micro, checkpointing)

@@ -52,7 +52,7 @@ def check_before_training(recipe: Recipe, samples: Mapping[str, Samples], proces
     """The check that takes seconds: batches, the pair, whether a spread of every source's rows renders; UserError."""
     for stage in recipe.stages:
         total_steps(sum(round(weight * len(samples[name])) for name, weight in stage.sources.items()), stage)
-        shard_of(recipe, stage.name, rank=0, world_size=processes)
+        shard_of(stage, rank=0, world_size=processes)
     student, *_ = readers_of(recipe)
     for name in dict.fromkeys(name for stage in recipe.stages for name in stage.sources):
         for mistake in samples[name].mistakes:

@@ -16,7 +16,6 @@ def test_features_come_back_under_their_names_in_the_order_asked(tmp_path, dtype
     path = tmp_path / "features" / "tower.safetensors"
     save_features(path, NAMES, features.transpose(0, 1).contiguous().transpose(0, 1))
     store = FeatureStore(path)
-    assert len(store) == 3
     got = store.get(["z.jpg", "a.png", "z.jpg"])
     assert got.dtype == dtype
     assert torch.equal(got, features[[2, 0, 2]])
@@ -29,7 +28,6 @@ def test_a_second_save_replaces_the_first(tmp_path):
     save_features(path, NAMES, torch.zeros(3, 2, 2))
     save_features(path, NAMES[:1], torch.ones(1, 2, 2))
     store = FeatureStore(path)
-    assert len(store) == 1
     assert store.get(["a.png"]).min() == 1
 
 

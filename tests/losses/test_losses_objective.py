@@ -10,7 +10,7 @@ from losses_oracle import IGNORE, LAYOUT, Problem, assert_near, make_problem, ob
 
 from llavakd.config import LossConfig
 from llavakd.losses import objective as objective_function
-from llavakd.losses.objective import PARTS, Counts, Objective, count
+from llavakd.losses.objective import Counts, Objective, count
 
 PAPER = LossConfig(ce=1.0, response_kl=1.0, visual_kl=1.0, relation=0.5)
 UNEVEN = LossConfig(
@@ -24,6 +24,7 @@ UNEVEN = LossConfig(
     relation_center=True,
     relation_row_normalize=True,
 )
+PARTS = ("ce", "response_kl", "visual_kl", "relation")
 ONLY = {part: LossConfig(**{part: 1.5}) for part in PARTS}
 REDUCTIONS = ["sample", "token"]
 

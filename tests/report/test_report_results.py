@@ -116,15 +116,6 @@ def test_stages_keep_the_order_of_training_without_a_pipeline_file(make_run: Wri
     assert collect([run]).notes == []
 
 
-def test_a_resumed_stage_counts_each_step_once_and_the_later_line_wins(make_run: Writer) -> None:
-    run = make_run("a", {"pt-sft": flags(1, 2)})
-    lines = [{"step": 1, "loss": 9.0}, {"step": 2, "loss": 8.0}, {"step": 2, "loss": 7.0}, {"step": 3, "loss": 6.0}]
-    (run / "dpt" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert [line["loss"] for line in collect([run]).runs[0].stages["dpt"]] == [9.0, 7.0, 6.0]
-    (run / "dpt" / "metrics.jsonl").write_text("\n".join(map(json.dumps, [lines[0], lines[3], lines[2]])))
-    assert [line["loss"] for line in collect([run]).runs[0].stages["dpt"]] == [9.0, 7.0, 6.0]
-
-
 def test_a_gram_matrix_of_another_picture_is_left_out(make_run: Writer) -> None:
     first, second = make_run("a", {"pt-sft": flags(1, 2)}), make_run("b", {"dpt": flags(1, 2)})
     (second / "evaluation" / "probe.json").write_text(json.dumps({"id": "other", "images": []}))

@@ -8,24 +8,28 @@ import pytest
 from report_runs import Writer, edit_row, flags
 
 from llavakd.report import collect, markdown
-from llavakd.report.compare import headline, over_seeds, seed_difference, t_coverage, t_quantile
+from llavakd.report.compare import headline, over_seeds, seed_difference
 from llavakd.report.pages import page
 
 
 @pytest.mark.parametrize(
     ("freedom", "quantile"), [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042), (120, 1.980)]
 )
-def test_the_quantile_is_that_of_the_table(freedom: int, quantile: float) -> None:
-    assert t_quantile(freedom) == pytest.approx(quantile, abs=6e-4)
+def test_the_interval_has_the_quantile_of_the_table(freedom: int, quantile: float) -> None:
+    values = np.random.default_rng(freedom).normal(0.1, 0.02, freedom + 1)
+    error = np.std(values, ddof=1) / math.sqrt(freedom + 1)
+    assert over_seeds(values.tolist()).half_width / error == pytest.approx(quantile, abs=6e-4)
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 12])
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0, 2.5, 8.0])
-def test_the_coverage_is_the_integral_of_the_density(freedom: int, t: float) -> None:
+def test_p_is_what_the_integral_of_the_density_leaves(freedom: int, t: float) -> None:
+    values = np.random.default_rng(freedom).normal(size=freedom + 1)
+    values += t * np.std(values, ddof=1) / math.sqrt(freedom + 1) - np.mean(values)
     scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
     x = np.linspace(-t, t, 200_001)
     density = scale * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
-    assert t_coverage(t, freedom) == pytest.approx(np.trapezoid(density, x), abs=1e-8)
+    assert over_seeds(values.tolist()).p == pytest.approx(1 - np.trapezoid(density, x), abs=1e-8)
 
 
 def test_mean_interval_and_p_over_three_seeds() -> None:

@@ -217,17 +217,9 @@ def test_a_stage_has_whole_global_batches_only_and_at_least_one():
         steps(7, 1.0)
 
 
-class _OneStage:
-    def __init__(self, **changes):
-        self._stage = dataclasses.replace(STAGE, **changes)
-
-    def stage(self, name):
-        return self._stage
-
-
 def test_a_global_batch_that_does_not_divide_over_processes_is_refused():
-    recipe = _OneStage(global_batch_size=12, micro_batch_size=3)
-    assert shard_of(recipe, "dft", rank=1, world_size=2).micro_batch_size == 3
-    assert shard_of(_OneStage(global_batch_size=12), "dft", rank=0, world_size=4).micro_batch_size == 3
+    stage = dataclasses.replace(STAGE, global_batch_size=12, micro_batch_size=3)
+    assert shard_of(stage, rank=1, world_size=2).micro_batch_size == 3
+    assert shard_of(dataclasses.replace(stage, micro_batch_size=None), rank=0, world_size=4).micro_batch_size == 3
     with pytest.raises(UserError, match=r"stage dft: global_batch_size 12 .* 8 processes x micro_batch_size 3"):
-        shard_of(recipe, "dft", rank=0, world_size=8)
+        shard_of(stage, rank=0, world_size=8)

@@ -124,10 +124,8 @@ class ChatRenderer:
                 pieces += [(before, Segment.PROMPT), *picture * turn.images, question]
             else:
                 end = self.tokenizer.eos_token if form.end is None else form.end
-                pieces += [
-                    (form.answer.format(text=turn.text) + end, Segment.RESPONSE),
-                    (form.after_answer, Segment.PROMPT),
-                ]
+                answer = (form.answer.format(text=turn.text) + end, Segment.RESPONSE)
+                pieces += [answer, (form.after_answer, Segment.PROMPT)]
         runs = itertools.groupby((piece for piece in pieces if piece[0]), key=lambda piece: piece[1])
         return [("".join(text for text, _ in run), kind) for kind, run in runs]
 
@@ -152,13 +150,9 @@ class ChatRenderer:
     def _cut(self, whole: Rendered, row: str) -> Rendered:
         limit, length = self.max_length, len(whole.ids)
         if Segment.VISUAL in whole.segments[limit:]:
-            raise DataError(
-                f"row {row!r}: {length} tokens, and max_length {limit} cuts through a picture; raise it or shorten the row"
-            )
+            raise DataError(f"row {row!r}: {length} tokens, and max_length {limit} cuts through a picture; raise it")
         if Segment.RESPONSE not in whole.segments[:limit]:
-            raise DataError(
-                f"row {row!r}: no token to learn from within max_length {limit}; raise it or remove the row"
-            )
+            raise DataError(f"row {row!r}: no token to learn from within max_length {limit}; raise it or drop the row")
         if length <= limit:
             return whole
         ids, labels, segments = whole.ids[:limit], whole.labels[:limit], whole.segments[:limit]

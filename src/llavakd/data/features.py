@@ -22,9 +22,6 @@ class FeatureStore:
         """Features [len(names), N, D_v], in the order of `names`."""
         return self._features[[self._index[name] for name in names]]
 
-    def __len__(self) -> int:
-        return len(self._index)
-
 
 def save_features(path: Path, names: Sequence[str], features: Tensor) -> None:
     """Write a store atomically: names of P pictures and their features [P, N, D_v]."""

@@ -33,9 +33,7 @@ def scan(path: Path) -> Iterator[tuple[tuple[int, int], Any]]:
         with path.open("rb") as file:
             yield from _scan_lines(file) if path.suffix == ".jsonl" else _scan_list(file, path)
     except OSError as error:
-        raise DataError(
-            f"cannot read {path}: {error.strerror}; set the source's `path` to a LLaVA-format JSON file"
-        ) from error
+        raise DataError(f"cannot read {path}: {error.strerror}; set `path` to a LLaVA-format JSON file") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not JSON ({error}); {_EXPECTED}") from error
 

@@ -75,7 +75,7 @@ class MicroBatches(Sampler[list[int]]):
         return (self.steps - self.start) * (self.global_batch_size // at_once)
 
     def __iter__(self) -> Iterator[list[int]]:
-        options: dict[str, Any] = {
+        order: dict[str, Any] = {
             "global_batch_size": self.global_batch_size,
             "grouping": self.grouping,
             "seed": self.seed,
@@ -83,5 +83,5 @@ class MicroBatches(Sampler[list[int]]):
         for step in range(self.start, self.steps):
             epoch, number = divmod(step, len(self.lengths) // self.global_batch_size)
             if number == 0 or step == self.start:
-                batches = plan_epoch(self.lengths, **options, epoch=epoch)
+                batches = plan_epoch(self.lengths, **order, epoch=epoch)
             yield from self.shard.deal(batches[number])

@@ -99,24 +99,16 @@ def load_samples(data: DataConfig, max_bad_rows: float = 0.0, *, find_pictures: 
         raise DataError(f"{path}: subset {data.subset} keeps none of {rows} rows; widen start and stop")
     if data.images is None and pictures:
         raise DataError(f"{path} has rows with pictures, but the source has no `images`; set it to their folder")
-    return Samples(
-        path=path,
-        rows=rows,
-        mistakes=tuple(mistakes),
-        places=np.array(places, np.uint64).reshape(-1, 3),
-        lengths=np.array(lengths, np.int32),
-    )
+    table, words = np.array(places, np.uint64).reshape(-1, 3), np.array(lengths, np.int32)
+    return Samples(path=path, rows=rows, mistakes=tuple(mistakes), places=table, lengths=words)
 
 
 def too_many(mistakes: Sequence[str], count: int, rows: int, allowed: float) -> DataError:
     """The error that says so: the first few mistakes, and how many there are of how many rows."""
     if count == 1 and not allowed:
         return DataError(mistakes[0])
-    return DataError(
-        "\n".join([*mistakes[:3], *["..."][: max(0, count - 3)]])
-        + f"\n{count} of {rows} rows cannot be used and max_bad_rows allows a share of {allowed:g}; `llava-kd check` "
-        "names them all"
-    )
+    share = f"{count} of {rows} rows cannot be used and max_bad_rows allows a share of {allowed:g}"
+    return DataError("\n".join([*mistakes[:3], *["..."][: count - 3], f"{share}; `llava-kd check` names them all"]))
 
 
 def word_lengths(samples: Sequence[Sample]) -> np.ndarray:
@@ -144,7 +136,7 @@ def parse_row(row: Any, place: str) -> Sample:
     tags = sum(turn.images for turn in turns)
     if tags != len(names):
         raise DataError(
-            f"{place}: {len(names)} picture(s) but {tags} {IMAGE_TAG} tag(s) in the human turns; make them equal"
+            f"{place}: {len(names)} picture(s) but {tags} {IMAGE_TAG} tag(s) in human turns; make them equal"
         )
     answers = row.get("answers", ())
     if answers and not (isinstance(answers, list) and [type(text) for text in answers] == [str] * 10):

@@ -1,6 +1,6 @@
 """Segments, weights and counts -> one scalar and its parts: the only place that divides, and it divides once."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,8 +8,6 @@ from torch import Tensor
 from llavakd.config import LossConfig
 from llavakd.losses.relation import relation_distance
 from llavakd.losses.rows import IGNORE_INDEX, distill_rows
-
-PARTS = ("ce", "response_kl", "visual_kl", "relation")
 
 
 class Counts(NamedTuple):
@@ -88,13 +86,9 @@ def objective(
     if losses.relation and len(image_rows):
         assert teacher_hidden is not None, "the relation needs a teacher"
         assert teacher_head is not None, "the relation needs the teacher's head"
-        student, teacher = (
-            hidden[visual].unflatten(0, (len(image_rows), -1)) for hidden in (student_hidden, teacher_hidden)
-        )
-        pair = student, student_head, teacher, teacher_head
-        relation = relation_distance(
-            *pair, vocab_size=vocab_size, center=losses.relation_center, row_normalize=losses.relation_row_normalize
-        )
+        student, teacher = (one[visual].unflatten(0, (len(image_rows), -1)) for one in (student_hidden, teacher_hidden))
+        how: dict[str, Any] = {"center": losses.relation_center, "row_normalize": losses.relation_row_normalize}
+        relation = relation_distance(student, student_head, teacher, teacher_head, vocab_size=vocab_size, **how)
         if reduction == "sample":
             relation = relation / torch.bincount(image_rows)[image_rows]
         relation = relation.sum() / (counts.samples if reduction == "sample" else counts.images)

@@ -132,7 +132,7 @@ class Sweep(NamedTuple):
         count, mistakes = torch.stack([live.sum(), wrong.sum()]).tolist()  # one wait for the device
         if mistakes:
             raise ValueError(
-                f"label {int(labels[wrong][0])} lies outside the {vocab_size} ids that count; give ids below or -100"
+                f"label {int(labels[wrong][0])} lies outside the {vocab_size} ids that count; mask it by -100"
             )
         live = live.nonzero_static(size=count).squeeze(1)
         run = partial(self._replace(given=[_at(rows, live) for rows in self.given]).run, live)
@@ -275,7 +275,7 @@ def shared_width(student_head: Tensor, teacher_head: Tensor | None, vocab_size: 
     student, teacher = len(student_head), len(student_head if teacher_head is None else teacher_head)
     if vocab_size is None and student != teacher:
         raise ValueError(
-            f"heads have {student} and {teacher} rows; give vocab_size, the number of ids that both tokenizers share"
+            f"heads have {student} and {teacher} rows; give vocab_size, how many ids both tokenizers share"
         )
     width = student if vocab_size is None else vocab_size
     if not 0 < width <= min(student, teacher):

@@ -1,12 +1,12 @@
 """Averages, intervals, differences to the control, how they are written, and the headline sentences."""
 
 import math
-from bisect import bisect
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from llavakd.report.results import Results, Row
 from llavakd.templates import render
@@ -47,28 +47,11 @@ def _complete(row: Row) -> bool:
 
 def over_seeds(values: Sequence[float]) -> Estimate | None:
     """Average one value a seed, by Student's t with n - 1 degrees of freedom; None where they show no spread."""
-    n = len(values)
-    error = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else 0.0
-    if error < 1e-12:
+    if len(values) < 2 or np.std(values) < 1e-12:
         return None
-    p = 1 - t_coverage(abs(fmean(values)) / error, n - 1)
-    return Estimate(fmean(values), t_quantile(n - 1) * error, paired=True, seeds=n, p=p)
-
-
-def t_coverage(t: float, freedom: int) -> float:
-    """Return P(|T| <= t), for whole degrees of freedom a finite sum (Abramowitz & Stegun 26.7.3 and 26.7.4)."""
-    angle, odd = math.atan(t / math.sqrt(freedom)), freedom % 2
-    term, total = math.cos(angle) if odd else 1.0, 0.0
-    for k in range(1 + odd, freedom, 2):
-        total += term
-        term *= math.cos(angle) ** 2 * k / (k + 1)
-    total *= math.sin(angle)
-    return 2 / math.pi * (angle + total) if odd else total
-
-
-def t_quantile(freedom: int) -> float:
-    """Return the t that |T| stays below in 95 % of cases, to six decimals."""
-    return bisect(range(13_000_000), 0.95, key=lambda millionths: t_coverage(millionths / 1e6, freedom)) / 1e6
+    test = stats.ttest_1samp(values, 0.0)
+    low, high = test.confidence_interval()
+    return Estimate(fmean(values), float(high - low) / 2, paired=True, seeds=len(values), p=float(test.pvalue))
 
 
 def distilling(row: Row) -> int:

@@ -137,15 +137,14 @@ def _read_run(folder: Path, label: str) -> Run:
             raise UserError(f"{where} has n = {raw['n']}, expected 1 or more questions; evaluate it again")
     usual = [{"name": name, "state": "done"} for name in STAGES if (folder / name / "metrics.jsonl").is_file()]
     ledger = {stage["name"]: stage for stage in (pipeline[0]["stages"] if pipeline else usual)}
-    # A resumed stage logs some steps twice; the later line is the one that led to the final weights.
-    logged = {n: {line["step"]: line for line in _read(folder / n / "metrics.jsonl", step=int)} for n in ledger}
+    logged = {name: _read(folder / name / "metrics.jsonl", step=int) for name in ledger}
     recipe, probe = folder / "recipe.yaml", _read(folder / "evaluation" / "probe.json", images=list)
     return Run(
         folder=folder,
         label=label,
         results=results[0],
         ledger=ledger,
-        stages={name: [steps[step] for step in sorted(steps)] for name, steps in logged.items() if steps},
+        stages={name: lines for name, lines in logged.items() if lines},
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
         probe=probe[0] if probe else None,
     )

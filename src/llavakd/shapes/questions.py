@@ -42,9 +42,8 @@ def _fair_questions(scene: Scene) -> Iterator[Question]:
         yield Question("count", f"how many {color} things?", _COUNTS[colors[color]])
     # Both colours are always shown: were one absent, seeing the other would settle it without counting.
     for one, other in permutations(colors, 2) if len(set(colors.values())) > 1 else ():
-        yield Question(
-            "compare", f"are there more {one} things than {other} things?", _YES_NO[colors[one] > colors[other]]
-        )
+        more = _YES_NO[colors[one] > colors[other]]
+        yield Question("compare", f"are there more {one} things than {other} things?", more)
     for cell, place in enumerate(PLACES):
         found = things.get(divmod(cell, SIDE))
         yield Question("place", f"what is in the {place}?", found.name if found else NOTHING)

@@ -46,13 +46,12 @@ def total_steps(rows: int, stage: StageConfig) -> int:
     return max(1, round(per_epoch * stage.epochs))
 
 
-def shard_of(recipe: Recipe, stage_name: str, *, rank: int, world_size: int) -> Shard:
+def shard_of(stage: StageConfig, *, rank: int, world_size: int) -> Shard:
     """This process's share of a global batch; raises UserError where it does not divide."""
-    stage = recipe.stage(stage_name)
     micro = stage.micro_batch_size or max(1, stage.global_batch_size // world_size)
     if stage.global_batch_size % (micro * world_size):
         raise UserError(
-            f"stage {stage_name}: global_batch_size {stage.global_batch_size} is not a multiple of {world_size} "
+            f"stage {stage.name}: global_batch_size {stage.global_batch_size} is not a multiple of {world_size} "
             f"processes x micro_batch_size {micro}; change one of them"
         )
     return Shard(rank=rank, world_size=world_size, micro_batch_size=micro)
@@ -65,7 +64,7 @@ def run_stage(state: TrainState, dataset: RowDataset, recipe: Recipe, folder: Pa
     learning: dict[str, Any] = {"module": accelerator.unwrap_model(state.module), "optimizer": state.optimizer}
     found = newest_whole(checkpoints)
     progress = Progress(**load_checkpoint(found, **learning)) if found else Progress()
-    shard = shard_of(recipe, stage.name, rank=accelerator.process_index, world_size=accelerator.num_processes)
+    shard = shard_of(stage, rank=accelerator.process_index, world_size=accelerator.num_processes)
     accumulation = stage.global_batch_size // (shard.micro_batch_size * shard.world_size)
     if main:
         say(

@@ -15,9 +15,8 @@ def build_optimizer(module: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
         {"params": [p for p in learning if p.ndim > 1], "weight_decay": stage.weight_decay},
         {"params": [p for p in learning if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=stage.learning_rate, betas=stage.betas, fused=True
-    )
+    used = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(used, lr=stage.learning_rate, betas=stage.betas, fused=True)
 
 
 def learning_rate(step: int, *, steps: int, stage: StageConfig) -> float:
