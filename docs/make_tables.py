@@ -137,6 +137,26 @@ def _beside(scores: dict[int, float], control: dict[int, float]) -> Iterator[str
         yield ", ".join(f"{100 * value:{form}}" for value in values)
 
 
+def check() -> str:
+    """Seconds to start, and rows a second."""
+    told = read("check")
+    start, fast, decode = told["start"], told["fast"], told["decode"]
+    rows = [
+        (
+            f"start on {start['rows']:,} rows, every picture looked up",
+            f"{start['seconds']:.0f} s, {start['resident_gib']:.1f} GiB",
+        ),
+        (
+            f"`check --fast`, {fast['rows']:,} rows of {fast['text_tokens']:.0f} text tokens",
+            f"{fast['rows_per_s']:,.0f} rows/s",
+        ),
+        (f"`check`, {decode['rows']:,} rows with pictures of 640 x 480", f"{decode['rows_per_s']:,.0f} rows/s"),
+        ("the bare decoder on the same pictures", f"{decode['bare_decoder_rows_per_s']:,.0f} rows/s"),
+    ]
+    versions = told["environment"] | {"device": f"{told['cores']} CPU cores"}
+    return measured({key: versions[key] for key in ("device", "python", "torch", "commit")}) + table(["", ""], rows)
+
+
 def nlvr() -> str:
     """Accuracy beside the majority answer's."""
     rows = [
@@ -155,6 +175,7 @@ TABLES = {
     "plan": plan,
     "sweep": sweep,
     "nlvr": nlvr,
+    "check": check,
 }
 
 
