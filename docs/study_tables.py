@@ -1,0 +1,247 @@
+"""Tables and picture of docs/study.md from the lines of benchmarks/results/study.
+
+python docs/study_tables.py     # draws docs/study.png; the tables are filled in by make_tables.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from llavakd.report.compare import Estimate, over_seeds
+
+DOCS = Path(__file__).parent
+LINES = DOCS.parent / "benchmarks" / "results" / "study"
+TEACHER = 1.0  # accuracy of the shipped teacher: benchmarks/results/quickstart.json
+CONTROL, MAIN = "recipes/pt-sft-sft", "recipes/dpt-sft-dft"
+# LLaVA-KD's ablation of stages, mean of ten benchmarks (Qwen1.5-4B -> 0.5B); one run each, no interval.
+PAPER = {"pt-sft": 54.7, "dpt-sft": 55.6, "pt-dft": 55.8, "dpt-dft": 55.9}
+PAPER |= {"pt-sft-dft": 56.6, "dpt-sft-dft": 57.9, "dpt-dft-dft": 58.0}
+Line = dict[str, Any]
+
+
+@cache
+def cells() -> dict[str, dict[int, Line]]:
+    """PART/CELL -> seed -> line, in the order in which they ran."""
+    found: dict[str, dict[int, Line]] = defaultdict(dict)
+    for file in sorted(LINES.glob("*.jsonl")):
+        for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+            found[f"{line['part']}/{line['cell']}"][line["seed"]] = line
+    return found
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; all but the first column are figures."""
+    rule = ["---"] + ["--:"] * (len(header) - 1)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *rows))
+
+
+def shares(cell: str, value: Callable[[Line], float] = lambda line: line["accuracy"]) -> dict[int, float]:
+    """A figure of a cell by seed."""
+    return {seed: value(line) for seed, line in cells()[cell].items()}
+
+
+def mean(values: Iterable[float], form: str = ".1f") -> str:
+    """`64.2 ± 5.1`: mean and half of the 95 % interval over seeds, in percent."""
+    kept = [100 * value for value in values]
+    estimate = over_seeds(kept)
+    spread = f" ± {estimate.half_width:.1f}" if estimate else ""
+    return f"{fmean(kept):{form}}{spread}"
+
+
+def difference(cell: str, other: str) -> Estimate | None:
+    """Of the seeds that both have, in percent points."""
+    one, two = shares(cell), shares(other)
+    return over_seeds([100 * (one[seed] - two[seed]) for seed in sorted(one.keys() & two.keys())])
+
+
+def told(cell: str, other: str) -> tuple[str, str]:
+    """A difference with its interval, and its p."""
+    if cell == other or (gap := difference(cell, other)) is None:
+        return "", ""
+    return f"{gap.value:+.1f} ± {gap.half_width:.1f}", "< 0.001" if gap.p < 0.001 else f"{gap.p:.3f}"
+
+
+def recipes() -> str:
+    """Every recipe beside the control of as many stages."""
+    rows = []
+    for cell in ordered("recipes"):
+        name = cell.partition("/")[2]
+        control = CONTROL if name.count("-") == 2 else "recipes/pt-sft"
+        one, two = shares(cell), shares(control)
+        closed = [(one[seed] - two[seed]) / (TEACHER - two[seed]) for seed in one.keys() & two.keys()]
+        steps = next(iter(cells()[cell].values()))["steps"]
+        gap = "" if cell == control else f"{100 * fmean(closed):.0f} %"
+        rows.append((f"`{name}`", str(len(one)), str(steps), mean(one.values()), *told(cell, control), gap))
+    return table(["recipe", "seeds", "steps", "right, %", "to the control of as many steps", "p", "gap to the teacher closed"], rows)
+
+
+def ordered(part: str) -> list[str]:
+    """The cells of a part that have at least two seeds; recipes of three stages first, the control at their head."""
+    found = [cell for cell, lines in cells().items() if cell.startswith(f"{part}/") and len(lines) > 1]
+    return sorted(found, key=lambda cell: (-cell.count("-"), "d" in cell)) if part == "recipes" else found
+
+
+def kinds() -> str:
+    """Accuracy by kind of question."""
+    names = [CONTROL, MAIN]
+    lines = {name: list(cells()[name].values()) for name in names}
+    found = lines[CONTROL][0]["by_type"]
+    rows = []
+    for kind in found:
+        values = {name: [line["by_type"][kind] for line in lines[name]] for name in names}
+        gaps = [100 * (cells()[MAIN][s]["by_type"][kind] - cells()[CONTROL][s]["by_type"][kind]) for s in common(*names)]
+        gap = over_seeds(gaps)
+        majority = fmean(line["majority_by_type"][kind] for line in lines[CONTROL])
+        told_gap = f"{gap.value:+.1f} ± {gap.half_width:.1f}" if gap else ""
+        rows.append((kind, f"{100 * majority:.0f}", *(mean(values[name]) for name in names), told_gap))
+    return table(["kind", "most frequent answer, %", "`pt-sft-sft`, %", "`dpt-sft-dft`, %", "difference"], rows)
+
+
+def common(*names: str) -> list[int]:
+    """Seeds that all of them have."""
+    return sorted(set.intersection(*(set(cells()[name]) for name in names)))
+
+
+def segments() -> str:
+    """Distance to the teacher by segment."""
+    rows = []
+    for cell in [*ordered("recipes"), *ordered("losses")]:
+        values = [line["segments"] for line in cells()[cell].values()]
+        row = [f"`{cell.partition('/')[2]}`"]
+        for segment in ("response", "visual"):
+            row.append(f"{fmean(value[segment]['kl'] for value in values):.3f}")
+            row.append(f"{100 * fmean(value[segment]['agreement'] for value in values):.1f}")
+        rows.append(row)
+    header = ["", "answers: KL, nats", "same likeliest token, %", "pictures: KL, nats", "same likeliest token, %"]
+    return table(header, rows)
+
+
+def losses() -> str:
+    """`dpt-sft-dft` with other losses, beside the control and the full loss."""
+    rows = [("cross-entropy alone (`pt-sft-sft`)", mean(shares(CONTROL).values()), "", "", *told(CONTROL, MAIN))]
+    for cell in [*ordered("losses"), MAIN, *ordered("divergences")]:
+        name = "full: response + visual + relation" if cell == MAIN else cell.partition("/")[2].replace("_", " ")
+        rows.append((name, mean(shares(cell).values()), *told(cell, CONTROL), *told(cell, MAIN)))
+    return table(["losses of `dpt` and `dft`", "right, %", "to the control", "p", "to the full loss", "p"], rows)
+
+
+def terms() -> str:
+    """What each term adds to those before it."""
+    pairs = {
+        "response KL, to cross-entropy": ("losses/response", CONTROL),
+        "visual KL, to response KL": ("losses/response + visual", "losses/response"),
+        "relation, to response and visual KL": (MAIN, "losses/response + visual"),
+        "relation, to cross-entropy alone": ("losses/relation alone", CONTROL),
+        "centring the relation, in the full loss": ("losses/full, relation centred", MAIN),
+        "relation at 1 instead of 0.5": ("losses/full, weights 1, 1, 1", MAIN),
+        "`dpt` instead of `pt`, before `sft`, `dft`": (MAIN, "recipes/pt-sft-dft"),
+        "`dft` instead of `sft`, after `dpt`, `sft`": (MAIN, "recipes/dpt-sft-sft"),
+    }
+    known = {what: pair for what, pair in pairs.items() if all(cell in cells() for cell in pair)}
+    return table(["what is added", "difference", "p"], [(what, *told(*pair)) for what, pair in known.items()])
+
+
+def beside_the_paper() -> str:
+    """Gains over PT-SFT, the paper's and ours."""
+    rows = []
+    for name, score in PAPER.items():
+        cell = f"recipes/{name}"
+        rows.append((f"`{name}`", f"{score - PAPER['pt-sft']:+.1f}", *told(cell, "recipes/pt-sft")))
+    rows.append(("`pt-sft-sft`", "not run", *told(CONTROL, "recipes/pt-sft")))
+    return table(["recipe", "paper: ten benchmarks, points over `pt-sft`", "here: points over `pt-sft`", "p"], rows)
+
+
+def pairs(part: str, header: str) -> str:
+    """Control and distilled side by side, setting by setting; the main pair last."""
+    settings = list(dict.fromkeys(cell.partition("/")[2].rpartition(", ")[0] for cell in ordered(part)))
+    found = {setting: (f"{part}/{setting}, distilled", f"{part}/{setting}, control") for setting in settings}
+    found["30% wrong" if part == "answers" else "3,000 scenes"] = (MAIN, CONTROL)
+    known = {setting: pair for setting, pair in found.items() if all(cell in cells() for cell in pair)}
+    rows = [(setting, mean(shares(two).values()), mean(shares(one).values()), *told(one, two)) for setting, (one, two) in known.items()]
+    return table([header, "`pt-sft-sft`, %", "`dpt-sft-dft`, %", "difference", "p"], rows)
+
+
+def teachers() -> str:
+    """Students of teachers of other qualities."""
+    rows = [("the shipped one, larger than the student", f"{100 * TEACHER:.1f}", mean(shares(MAIN).values()), *told(MAIN, CONTROL))]
+    for cell in ordered("teachers"):
+        known = next(iter(cells()[cell].values()))["teacher"]
+        name = f"{cell.partition('/')[2]}, of the student's size"
+        rows.append((name, f"{100 * known:.1f}", mean(shares(cell).values()), *told(cell, CONTROL)))
+    return table(["teacher", "its own right, %", "`dpt-sft-dft`, %", "to the control", "p"], rows)
+
+
+def headline() -> str:
+    """The README's table."""
+    seeds = len(common(CONTROL, MAIN))
+    names = {CONTROL: "`pt-sft-sft`, the equal-step control", MAIN: "`dpt-sft-dft`"}
+    rows = [("teacher", f"{100 * TEACHER:.1f}", "")]
+    rows += [(name, mean(shares(cell).values()), told(cell, CONTROL)[0]) for cell, name in names.items()]
+    return table(["", f"right, %, {seeds} seeds", "difference to the control"], rows)
+
+
+def setting() -> str:
+    """Where, with what, and how many lines."""
+    lines = [line for found in cells().values() for line in found.values()]
+    one = lines[0]
+    versions = ", ".join(f"{key} {one[key]}" for key in ("torch", "transformers", "accelerate"))
+    commits = ", ".join(sorted({line["commit"] for line in lines}))
+    seconds = sum(line["seconds"] for line in lines)
+    devices = ", ".join(sorted({line["device"] for line in lines}))
+    return f"{len(lines)} runs, {seconds / 3600:.1f} hours of runs one after another; {devices}; {versions}; commit {commits}.\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "study": setting,
+    "study recipes": recipes,
+    "study kinds": kinds,
+    "study losses": losses,
+    "study terms": terms,
+    "study segments": segments,
+    "study answers": lambda: pairs("answers", "training answers"),
+    "study data": lambda: pairs("data", "scenes"),
+    "study teachers": teachers,
+    "study paper": beside_the_paper,
+    "headline": headline,
+}
+
+
+def draw() -> None:
+    """Every seed as a dot, seeds of one number joined, mean and interval beside them."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    groups = [[cell for cell in ordered("recipes") if cell.count("-") == count] for count in (1, 2)]
+    groups.append([CONTROL, *ordered("losses"), MAIN])
+    titles = ["two stages", "three stages", "losses of dpt-sft-dft"]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), sharey=True, width_ratios=[max(2, len(g)) for g in groups])
+    for axis, title, group in zip(axes, titles, groups, strict=True):
+        for seed in common(*group) if group else ():
+            axis.plot([100 * shares(cell)[seed] for cell in group], color="0.8", linewidth=0.8, zorder=1)
+        for place, cell in enumerate(group):
+            values = [100 * value for value in shares(cell).values()]
+            axis.scatter([place] * len(values), values, s=14, color="#3b528b", alpha=0.7, zorder=2)
+            estimate = over_seeds(values)
+            half = estimate.half_width if estimate else 0
+            axis.errorbar(place + 0.22, fmean(values), yerr=half, fmt="o", color="#c03a2b", capsize=3, markersize=4, zorder=3)
+        names = ["cross-entropy" if title.startswith("losses") and cell == CONTROL else cell.partition("/")[2] for cell in group]
+        names = ["full" if title.startswith("losses") and cell == MAIN else name for cell, name in zip(group, names, strict=True)]
+        axis.set_xticks(range(len(group)), names, rotation=35, ha="right", fontsize=8)
+        axis.set_title(title, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="0.92")
+    axes[0].set_ylabel("right answers, %")
+    figure.tight_layout()
+    figure.savefig(DOCS / "study.png", dpi=110)
+
+
+if __name__ == "__main__":
+    draw()
