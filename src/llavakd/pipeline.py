@@ -22,8 +22,7 @@ from llavakd.data.samples import Samples, load_samples
 from llavakd.errors import UserError
 from llavakd.evaluate import evaluate_model
 from llavakd.models.alignment import align
-from llavakd.models.student import VisionLanguageModel, build_student, load_student, save_model, vision_features
-from llavakd.models.teacher import load_teacher
+from llavakd.models.student import build_student, load_student, load_teacher, save_model, vision_features
 from llavakd.preflight import check_before_training, claim_folder, used_sources
 from llavakd.progress import bar, say
 from llavakd.report import write_report
@@ -192,7 +191,7 @@ def _dataset(run: Run, state: TrainState) -> RowDataset:
     sources = []
     for name, weight in stage.sources.items():
         with run.accelerator.main_process_first():
-            store = _feature_store(run, name, student) if name in pictured else None
+            store = _feature_store(run, name, state) if name in pictured else None
         samples, data = run.samples[name], recipe.data[name]
         renderer = student.renderer(data)
         sources.append(Source(samples=samples, renderer=renderer, data=data, store=store, weight=weight))
@@ -201,20 +200,21 @@ def _dataset(run: Run, state: TrainState) -> RowDataset:
 
 
 @torch.no_grad()
-def _feature_store(run: Run, source: str, student: VisionLanguageModel) -> FeatureStore:
+def _feature_store(run: Run, source: str, state: TrainState) -> FeatureStore:
     """Features of a source's pictures, encoded once; keyed by tower, processor and picture names."""
-    data, accelerator, processor = run.recipe.data[source], run.accelerator, student.image_processor
+    data, accelerator, student = run.recipe.data[source], run.accelerator, state.student
     names = sorted({name for sample in run.samples[source] for name in sample.images})
     tower = student.parts()["vision_tower"].state_dict().values()
     weights = [hashlib.sha256(weight.cpu().numpy()).hexdigest() for weight in tower]
-    key = _digest([data.images or data.path, names, processor.to_dict(), weights])  # one store for all of one set
+    # One store for all sources of one set of pictures.
+    key = _digest([data.images or data.path, names, student.image_processor.to_dict(), weights])
     path = run.out / "features" / f"{key[:16]}.safetensors"
     if not path.is_file():
         parts = []
         with bar(f"encode pictures of {source}", len(names)) as advance, accelerator.autocast():
             for start in range(0, len(names), 64):
-                pixels = load_pixels(data, names[start : start + 64], processor).to(accelerator.device)
-                parts.append(vision_features(student.model, pixels).float().cpu())
+                pixels = load_pixels(data, names[start : start + 64], student.image_processor)
+                parts.append(vision_features(student.model, pixels.to(accelerator.device)).float().cpu())
                 advance(min(start + 64, len(names)))
         save_features(path, names, torch.cat(parts))
     return FeatureStore(path)

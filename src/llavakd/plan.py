@@ -26,8 +26,7 @@ from llavakd.data.samples import IMAGE_TAG, load_samples
 from llavakd.errors import UserError, nearest
 from llavakd.losses.rows import GRADIENT_CHUNKS, rows_at_once
 from llavakd.models.parts import FAMILIES, load
-from llavakd.models.student import VisionLanguageModel, final_hidden, outline, student_config, vision_features
-from llavakd.models.teacher import DTYPES
+from llavakd.models.student import DTYPES, VisionLanguageModel, final_hidden, outline, student_config, vision_features
 from llavakd.templates import render
 from llavakd.train.loop import shard_of, total_steps
 

@@ -11,9 +11,8 @@ from llavakd.config import DataConfig, EvaluationConfig, TeacherConfig
 from llavakd.data.pictures import load_pixels
 from llavakd.data.samples import load_samples
 from llavakd.errors import UserError
-from llavakd.evaluate import evaluate_model
-from llavakd.evaluate.generate import generate_answers
-from llavakd.models.teacher import load_teacher
+from llavakd.evaluate import evaluate_model, generate_answers
+from llavakd.models.student import load_teacher
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,9 @@ from llavakd.cli import evaluate
 from llavakd.config import DataConfig, EvaluationConfig, TeacherConfig
 from llavakd.data.samples import load_samples
 from llavakd.errors import UserError
-from llavakd.evaluate import lmms, score
-from llavakd.evaluate.generate import Answer, generate_answers
-from llavakd.evaluate.scoring import COLUMNS, normalize
-from llavakd.models.teacher import load_teacher
+from llavakd.evaluate import generate_answers, lmms, score
+from llavakd.evaluate.scoring import COLUMNS, Answer, normalize
+from llavakd.models.student import load_teacher
 
 PICTURE = Image.new("RGB", (8, 8), "red")
 

@@ -7,8 +7,7 @@ import yaml
 
 from llavakd.data.samples import Sample, Turn
 from llavakd.errors import UserError
-from llavakd.evaluate.generate import Answer
-from llavakd.evaluate.scoring import METRICS, column_scores, is_correct, majority_share, normalize, score
+from llavakd.evaluate.scoring import METRICS, Answer, column_scores, is_correct, majority_share, normalize, score
 
 
 def answer(truth: str, prediction: str, kind: str | None = None, people: tuple[str, ...] = ()) -> Answer:

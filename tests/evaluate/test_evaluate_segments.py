@@ -10,8 +10,7 @@ from llavakd.data.pictures import load_pixels
 from llavakd.data.samples import load_samples
 from llavakd.evaluate import compare_segments
 from llavakd.models.alignment import align
-from llavakd.models.student import build_student
-from llavakd.models.teacher import load_teacher
+from llavakd.models.student import build_student, load_teacher
 
 
 @pytest.fixture(scope="module")

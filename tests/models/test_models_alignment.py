@@ -22,8 +22,14 @@ from transformers import (
 from llavakd.config import LossConfig, StudentConfig, TeacherConfig
 from llavakd.losses import Counts, objective
 from llavakd.models.alignment import AlignmentError, align, shared_vocabulary
-from llavakd.models.student import VisionLanguageModel, build_student, final_hidden, load_student, save_model
-from llavakd.models.teacher import load_teacher
+from llavakd.models.student import (
+    VisionLanguageModel,
+    build_student,
+    final_hidden,
+    load_student,
+    load_teacher,
+    save_model,
+)
 
 
 def student_of(tiny, **changes):

@@ -23,7 +23,7 @@ from llavakd.config import DataConfig, StudentConfig
 from llavakd.data.chat import Segment
 from llavakd.data.collate import Batch, RowDataset, Source, collate
 from llavakd.data.samples import load_samples
-from llavakd.evaluate.generate import generate_answers
+from llavakd.evaluate import generate_answers
 from llavakd.models.parts import ModelError
 from llavakd.models.student import build_student, final_hidden, load_student, save_model, vision_features
 

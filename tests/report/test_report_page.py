@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from report_runs import Writer, flags
 
-from llavakd.report import collect, write_report
-from llavakd.report.pages import page, pick_cases
+from llavakd.report import collect, page, pick_cases, write_report
 from llavakd.report.plots import gram_pictures, loss_curves
 
 SECTIONS = ("Results", "Accuracy by kind of question", "Loss curves", "Test pictures", "Cost", "Recipe", "Environment")

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from report_runs import Writer, edit_row, flags
 
-from llavakd.report import collect, markdown
+from llavakd.report import collect, markdown, page
 from llavakd.report.compare import headline, over_seeds, seed_difference
-from llavakd.report.pages import page
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,8 @@ import re
 
 from report_runs import Writer, edit_row, flags
 
-from llavakd.report import collect, markdown
+from llavakd.report import collect, markdown, page
 from llavakd.report.compare import find_control, headline
-from llavakd.report.pages import page
 from llavakd.report.results import Results
 
 SEGMENTS = {

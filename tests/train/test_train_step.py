@@ -14,8 +14,7 @@ from llavakd.data.samples import load_samples
 from llavakd.errors import UserError
 from llavakd.losses import Counts
 from llavakd.models.alignment import align
-from llavakd.models.student import build_student
-from llavakd.models.teacher import load_teacher
+from llavakd.models.student import build_student, load_teacher
 from llavakd.train.loop import shard_of, total_steps
 from llavakd.train.optim import build_optimizer
 from llavakd.train.step import NonFiniteError, StudentModule, TrainState, train_step

@@ -1,11 +1,10 @@
 """Which rows make which step: global batches that do not depend on the number of processes or the micro-batch."""
 
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from torch.utils.data import Sampler
 
 Grouping = Literal["none", "length", "modality_length"]
 _LENGTH_POOL = 50  # global batches sorted together by `length`, as transformers' group_by_length
@@ -57,31 +56,12 @@ class Shard:
         return [part[self.rank].tolist() for part in parts]
 
 
-@dataclass(eq=False)
-class MicroBatches(Sampler[list[int]]):
-    """Row indices of this rank's micro-batches from step `start` to the last, across epochs."""
-
-    lengths: np.ndarray
-    _: KW_ONLY
-    global_batch_size: int
-    grouping: Grouping
-    seed: int
-    shard: Shard
-    start: int
-    steps: int
-
-    def __len__(self) -> int:
-        at_once = self.shard.world_size * self.shard.micro_batch_size
-        return (self.steps - self.start) * (self.global_batch_size // at_once)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order: dict[str, Any] = {
-            "global_batch_size": self.global_batch_size,
-            "grouping": self.grouping,
-            "seed": self.seed,
-        }
-        for step in range(self.start, self.steps):
-            epoch, number = divmod(step, len(self.lengths) // self.global_batch_size)
-            if number == 0 or step == self.start:
-                batches = plan_epoch(self.lengths, **order, epoch=epoch)
-            yield from self.shard.deal(batches[number])
+def micro_batches(
+    lengths: np.ndarray, *, global_batch_size: int, shard: Shard, start: int, steps: int, **order: Any
+) -> Iterator[list[int]]:
+    """Row indices of this rank's micro-batches from step `start` to the last, across epochs; `order` as plan_epoch."""
+    for step in range(start, steps):
+        epoch, number = divmod(step, len(lengths) // global_batch_size)
+        if number == 0 or step == start:
+            batches = plan_epoch(lengths, global_batch_size=global_batch_size, **order, epoch=epoch)
+        yield from shard.deal(batches[number])

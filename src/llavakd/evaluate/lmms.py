@@ -25,10 +25,9 @@ from tenacity import RetryError
 from llavakd.config import DataConfig, EvaluationConfig, TeacherConfig
 from llavakd.data.samples import IMAGE_TAG, Sample, Turn
 from llavakd.errors import UserError, nearest
-from llavakd.evaluate.generate import generate_answers
+from llavakd.evaluate import generate_answers
 from llavakd.evaluate.scoring import COLUMNS, column_scores
-from llavakd.models.student import VisionLanguageModel
-from llavakd.models.teacher import load_teacher
+from llavakd.models.student import VisionLanguageModel, load_teacher
 from llavakd.progress import bar
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval would show half of a damaged picture

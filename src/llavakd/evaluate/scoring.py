@@ -5,15 +5,27 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
+from llavakd.data.samples import Sample
 from llavakd.errors import UserError
-from llavakd.evaluate.generate import Answer
 
 _FILES = [Path(__file__).with_name(name) for name in ("vqa_words.yaml", "paper10.yaml")]
 _WORDS, COLUMNS = (yaml.safe_load(file.read_text(encoding="utf-8")) for file in _FILES)
+
+
+class Answer(NamedTuple):
+    """One question, its truth and what the model said."""
+
+    sample: Sample
+    prediction: str
+
+    @property
+    def truth(self) -> str:
+        """The answer in the file."""
+        return self.sample.turns[-1].text
 
 
 def is_correct(prediction: str, truth: str) -> bool:

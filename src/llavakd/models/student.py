@@ -14,11 +14,13 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
-from llavakd.config import DataConfig, Part, StudentConfig
+from llavakd.config import DataConfig, Part, StudentConfig, TeacherConfig
 from llavakd.data.chat import TEMPLATES, ChatRenderer, end_token_id
 from llavakd.data.samples import IMAGE_TAG
 from llavakd.models import parts
 from llavakd.models.parts import FAMILIES, PROJECTORS, ModelError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,13 @@ def load_student(folder: str, *, dtype: torch.dtype | str = torch.float32) -> Vi
     """Load a whole LLaVA folder written by this project or by transformers; raises ModelError."""
     whole = outline_folder(folder)
     return dataclasses.replace(whole, model=parts.load(type(whole.model), folder, dtype=dtype))
+
+
+def load_teacher(config: TeacherConfig) -> VisionLanguageModel:
+    """Load a LLaVA folder frozen and in eval mode, never to be trained or saved; raises ModelError."""
+    teacher = load_student(config.path, dtype=DTYPES[config.dtype])
+    teacher.model.requires_grad_(False).eval()
+    return teacher
 
 
 def outline_folder(folder: str) -> VisionLanguageModel:

@@ -6,7 +6,7 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from llavakd.config import Recipe, StageConfig
 from llavakd.data.collate import Batch, RowDataset, collate
-from llavakd.data.sampler import MicroBatches, Shard
+from llavakd.data.sampler import Shard, micro_batches
 from llavakd.data.samples import too_many
 from llavakd.errors import UserError
 from llavakd.progress import Interrupted, bar, say
@@ -75,18 +75,18 @@ def run_stage(state: TrainState, dataset: RowDataset, recipe: Recipe, folder: Pa
         )
         _drop_later_metrics(folder / "metrics.jsonl", progress.step)
     order: dict[str, Any] = {"global_batch_size": stage.global_batch_size, "grouping": stage.grouping}
-    sampler = MicroBatches(dataset.lengths, **order, seed=recipe.seed, shard=shard, start=progress.step, steps=steps)
-    batches = _batches(dataset, sampler, recipe, state)
+    order |= {"seed": recipe.seed, "shard": shard, "start": progress.step, "steps": steps}
+    batches = _batches(dataset, micro_batches(dataset.lengths, **order), recipe, state)
     window: list[StepResult] = []
     started, logged = time.perf_counter() - progress.seconds, progress.seconds
     with bar(stage.name, steps, shown=main) as advance, _stop_signals(accelerator):
         while progress.step < steps:
             set_learning_rate(state.optimizer, learning_rate(progress.step, steps=steps, stage=stage))
-            micro_batches = [next(batches) for _ in range(accumulation)]
-            window.append(train_step(state, micro_batches, step=progress.step))
+            together = [next(batches) for _ in range(accumulation)]
+            window.append(train_step(state, together, step=progress.step))
             progress.step += 1
             progress.seconds = time.perf_counter() - started
-            _add_up(progress, window[-1].counted, micro_batches, recipe.max_bad_rows, steps * stage.global_batch_size)
+            _add_up(progress, window[-1].counted, together, recipe.max_bad_rows, steps * stage.global_batch_size)
             if progress.step % recipe.log_every == 0 or progress.step == steps:
                 if main:
                     loss = _log(state, folder, progress, window, progress.seconds - logged)
@@ -138,11 +138,11 @@ def _drop_later_metrics(path: Path, step: int) -> None:
         write_text(path, "".join(kept))
 
 
-def _batches(dataset: RowDataset, sampler: MicroBatches, recipe: Recipe, state: TrainState) -> Iterator[Batch]:
+def _batches(dataset: RowDataset, rows: Iterable[list[int]], recipe: Recipe, state: TrainState) -> Iterator[Batch]:
     # A generator of its own: drawing worker seeds must not move the training's random state.
     loader: DataLoader[Any] = DataLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=rows,
         num_workers=recipe.workers,
         generator=torch.Generator().manual_seed(recipe.seed),
         collate_fn=functools.partial(collate, pad_token_id=state.student.tokenizer.pad_token_id),
