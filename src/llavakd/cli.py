@@ -109,7 +109,7 @@ def evaluate(
     model: str,
     data: Path | None = None,
     images: Path | None = None,
-    template: TemplateName = "vicuna_v1",
+    template: TemplateName | None = None,
     metric: MetricName = "exact_match",
     tasks: str | None = None,
     include: Path | None = None,
@@ -120,24 +120,26 @@ def evaluate(
     as_json: bool = False,
 ) -> None:
     """Answer and score a question file, or benchmarks through lmms-eval."""
-    source = TeacherConfig(path=model, dtype="float32")
-    questions = DataConfig(path=str(data or ""), images=str(images) if images else None, template=template)
-    evaluation = EvaluationConfig(data="data", metric=metric, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    if data and not tasks:
-        from llavakd.pipeline import evaluate_folder
-
-        _show("results.md.jinja", evaluate_folder(source, questions, evaluation, out, limit=limit), as_json)
-    elif tasks and not data:
-        try:
+    if bool(data) == bool(tasks):
+        raise UserError("got both --data and --tasks, or neither; give a question file or names of benchmarks")
+    try:
+        if tasks:
             from llavakd.evaluate.lmms import evaluate_tasks
-        except ImportError as error:
-            how = "pip install 'llava-kd[eval]' and then pip install --no-deps lmms-eval==0.7.3"
-            raise UserError(f"--tasks: {error}; run {how}") from error
+    except ImportError as error:
+        how = "pip install 'llava-kd[eval]' and then pip install --no-deps lmms-eval==0.7.3"
+        raise UserError(f"--tasks: {error}; run {how}") from error
+    from llavakd.models.student import template_of
+    from llavakd.pipeline import evaluate_folder
+
+    source, form = TeacherConfig(path=model, dtype="float32"), template or template_of(model)
+    questions = DataConfig(path=str(data or ""), images=str(images) if images else None, template=form)
+    evaluation = EvaluationConfig(data="data", metric=metric, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    if tasks:
         names = tasks.replace(" ", "").split(",")
         row = evaluate_tasks(source, names, questions, evaluation, out, include=include, limit=limit)
         _show("benchmarks.md.jinja", row, as_json)
     else:
-        raise UserError("got both --data and --tasks, or neither; give a question file or names of benchmarks")
+        _show("results.md.jinja", evaluate_folder(source, questions, evaluation, out, limit=limit), as_json)
 
 
 def report(runs: list[Path], out: Path | None = None) -> None:

@@ -86,12 +86,17 @@ def test_three_stages_learn_from_them_and_every_question_is_answered(trained):
 
 
 def test_the_student_answers_a_file_of_questions_about_them(photographs, trained, command, tmp_path):
-    where = ["--data", photographs / "questions.json", "--images", photographs, "--template", "chatml"]
+    where = ["--data", photographs / "questions.json", "--images", photographs]
     done = command("eval", trained / "dft" / "model", *where, "--metric", "yes_no", "--out", tmp_path, "--json")
     assert done.code == 0, done.err
     row = json.loads(done.out)
     assert row["n"] == 10
     assert row["majority"] == 0.9
+    options = ["--metric", "yes_no", "--out", tmp_path / "again", "--json"]
+    again = command("eval", trained / "dft" / "model", *where, "--template", "chatml", *options)
+    other = command("eval", trained / "dft" / "model", *where, "--template", "vicuna_v1", *options)
+    assert json.loads(again.out) == row  # the folder's own template is what it is asked with
+    assert json.loads(other.out)["n"] == 10
 
 
 def test_the_student_is_exported_and_answers_about_one_photograph(photographs, trained, command, tmp_path):

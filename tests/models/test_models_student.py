@@ -25,7 +25,7 @@ from llavakd.data.collate import Batch, RowDataset, Source, collate
 from llavakd.data.samples import load_samples
 from llavakd.evaluate import generate_answers
 from llavakd.models.parts import ModelError
-from llavakd.models.student import build_student, final_hidden, load_student, save_model, vision_features
+from llavakd.models.student import build_student, final_hidden, load_student, save_model, template_of, vision_features
 
 STRATEGIES = {"default": 15, "full": 16}
 
@@ -287,3 +287,18 @@ def test_a_torn_weight_file_is_a_model_error(tiny, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ModelError, match="torn"):
         load_student(str(folder))
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1", "chatml"])
+def test_a_folder_tells_its_template(tiny, tmp_path, template):
+    save_model(build_student(config(tiny), seed=0), tmp_path, template=template)
+    assert template_of(str(tmp_path)) == template
+
+
+@pytest.mark.parametrize("jinja", [None, "{{ messages }}"])
+def test_a_folder_of_another_layout_does_not(tiny, tmp_path, jinja):
+    save_model(build_student(config(tiny), seed=0), tmp_path, template="pretrain")  # which has no layout of turns
+    if jinja:
+        (tmp_path / "chat_template.jinja").write_text(jinja)
+    with pytest.raises(ModelError, match=r"none of pretrain, vicuna_v1, chatml; .* --template"):
+        template_of(str(tmp_path))

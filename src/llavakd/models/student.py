@@ -162,6 +162,17 @@ def outline_folder(folder: str) -> VisionLanguageModel:
     return outline(config, parts.load(AutoTokenizer, folder), parts.load_image_processor(folder))
 
 
+def template_of(folder: str) -> Any:
+    """The name of the template that a LLaVA folder's chat template lays out; raises ModelError where it is none."""
+    held = parts.load(transformers.AutoProcessor, folder).chat_template
+    for name, template in TEMPLATES.items():
+        if held and template.jinja == held:
+            return name
+    raise ModelError(
+        f"{folder}: its chat template is none of {', '.join(TEMPLATES)}; say which to ask with: --template"
+    )
+
+
 def save_model(student: VisionLanguageModel, folder: Path, *, template: str | None) -> None:
     """Write a folder that stock LlavaForConditionalGeneration and AutoProcessor load; `template` None keeps the chat form."""
     config = student.model.config
