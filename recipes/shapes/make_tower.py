@@ -20,8 +20,7 @@ from transformers import AutoConfig, AutoModel
 
 from llavakd.models.parts import load_image_processor
 from llavakd.progress import bar, say
-from llavakd.shapes.drawing import draw
-from llavakd.shapes.scenes import COLORS, PLACES, SHAPES, SIZES, Scene, scene_in
+from llavakd.shapes.scenes import COLORS, PLACES, SHAPES, SIZES, Scene, draw, scene_in
 
 PARTS = Path(__file__).parents[2] / "src" / "llavakd" / "assets" / "shapes" / "parts" / "tower"
 CLASSES = (len(PLACES), 1 + len(SIZES), 1 + len(COLORS), 1 + len(SHAPES))  # 0: an empty cell

@@ -16,8 +16,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from llavakd.config import DataConfig, EvaluationConfig, Recipe, StageConfig, TeacherConfig, resolve_paths
 from llavakd.data.collate import RowDataset, Source
-from llavakd.data.features import FeatureStore, save_features
-from llavakd.data.pictures import load_pixels
+from llavakd.data.pictures import FeatureStore, load_pixels, save_features
 from llavakd.data.samples import Samples, load_samples
 from llavakd.errors import UserError
 from llavakd.evaluate import evaluate_model

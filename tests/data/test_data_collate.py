@@ -17,8 +17,7 @@ import llavakd
 from llavakd.config import DataConfig
 from llavakd.data.chat import IGNORE_INDEX, ChatRenderer, Rendered, Segment
 from llavakd.data.collate import Row, RowDataset, Source, collate
-from llavakd.data.features import FeatureStore, save_features
-from llavakd.data.pictures import load_pixels
+from llavakd.data.pictures import FeatureStore, load_pixels, save_features
 from llavakd.data.samples import Sample, Turn
 
 PARTS = Path(llavakd.__file__).parent / "assets" / "shapes" / "parts"

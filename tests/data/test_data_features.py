@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llavakd.data.features import FeatureStore, save_features
+from llavakd.data.pictures import FeatureStore, save_features
 
 NAMES = ["a.png", "folder/é b.png", "z.jpg"]
 

@@ -14,9 +14,22 @@ from PIL import Image
 from shapes_oracle import answer_of
 
 from llavakd.shapes import WorldSummary, write_world
-from llavakd.shapes.drawing import GROUND, RGB, draw, mask
 from llavakd.shapes.questions import KINDS
-from llavakd.shapes.scenes import COLORS, PLACES, SHAPES, SIZES, Scene, Thing, caption, random_scene, split_of
+from llavakd.shapes.scenes import (
+    COLORS,
+    GROUND,
+    PLACES,
+    RGB,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    caption,
+    draw,
+    mask,
+    random_scene,
+    split_of,
+)
 
 SCENES, QUESTIONS = 400, 300
 Row = dict[str, Any]

@@ -14,9 +14,8 @@ from torch.utils.data import Dataset
 
 from llavakd.config import DataConfig
 from llavakd.data.chat import IGNORE_INDEX, ChatRenderer, Rendered, Segment
-from llavakd.data.features import FeatureStore
 from llavakd.data.files import DataError
-from llavakd.data.pictures import load_pixels
+from llavakd.data.pictures import FeatureStore, load_pixels
 from llavakd.data.samples import Sample, word_lengths
 
 

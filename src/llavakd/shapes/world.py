@@ -13,9 +13,8 @@ import numpy as np
 from PIL import Image
 
 from llavakd.errors import UserError
-from llavakd.shapes.drawing import draw
 from llavakd.shapes.questions import KINDS, Question, ask, ask_several, mistaken
-from llavakd.shapes.scenes import SPLITS, WORLD, Scene, caption, scene_in
+from llavakd.shapes.scenes import SPLITS, WORLD, Scene, caption, draw, scene_in
 
 _MIX = WORLD["rows"]
 _COMPRESS = 1  # Noise hardly packs, so more effort buys nothing.
