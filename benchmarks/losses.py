@@ -74,12 +74,20 @@ def reference(given: Inputs, images: int, *, cast: bool = True) -> Tensor:
         teacher = given["teacher_hidden"] @ given["teacher_head"].T
     if cast:
         student, teacher = student.float(), teacher.float()
-    total = F.cross_entropy(student[seen:], given["labels"][seen:])
-    for part in (slice(seen, None), slice(seen)):
-        total = total + F.kl_div(student[part].log_softmax(-1), teacher[part].softmax(-1), reduction="batchmean")
-    grams = [side[:seen].unflatten(0, (images, -1)) for side in (student, teacher)]
-    grams = [side @ side.mT for side in grams]
-    return total + 1 - F.cosine_similarity(grams[0].flatten(), grams[1].flatten(), dim=0)
+    visual = [side[:seen].unflatten(0, (images, -1)) for side in (student, teacher)]
+    parts = released_parts((student[seen:], teacher[seen:]), (visual[0], visual[1]), given["labels"][seen:])
+    return torch.stack(list(parts.values())).sum()
+
+
+def released_parts(response: tuple[Tensor, Tensor], visual: tuple[Tensor, Tensor], labels: Tensor) -> dict[str, Tensor]:
+    """The released losses by name, of (student, teacher) logits: response rows [R, V], visual rows [P, N, V]."""
+    parts = {"ce": F.cross_entropy(response[0], labels)}
+    for name, (student, teacher) in (("response_kl", response), ("visual_kl", visual)):
+        total = F.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="sum")
+        parts[name] = total / student[..., 0].numel()
+    grams = [(side @ side.mT).flatten() for side in visual]
+    parts["relation"] = 1 - F.cosine_similarity(grams[0], grams[1], dim=0)
+    return parts
 
 
 def liger_chunked(given: Inputs, images: int) -> Tensor:

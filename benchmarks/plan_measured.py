@@ -21,7 +21,7 @@ from plan_llava_kd import RECIPES, local, write_configs
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, LlavaForConditionalGeneration
 
-from llavakd.config import Recipe, load_recipe
+from llavakd.config import Recipe, StageConfig, load_recipe
 from llavakd.data.chat import Segment
 from llavakd.data.collate import Batch
 from llavakd.models.alignment import Pair
@@ -31,7 +31,7 @@ from llavakd.train.optim import build_optimizer
 from llavakd.train.step import StudentModule, TrainState, train_step
 from losses import environment
 
-VISUAL, TEXT = 728, 200
+VISUAL, TEXT, BEFORE = 728, 200, 20  # tokens of the picture, of all text, and of the text before the picture
 CASES = [  # recipe, stage, rows on the GPU, gradient checkpointing
     ("qwen2.5-0.5b", "dpt", 8, False),
     ("qwen2.5-0.5b", "dft", 8, False),
@@ -58,47 +58,69 @@ def one_stage(folder: Path, name: str, stage: str, rows: int, checkpointing: boo
     return load_recipe(RECIPES / f"{name}.yaml", [*local(folder, name), *changes])
 
 
-def whole(config: Any, dtype: torch.dtype) -> VisionLanguageModel:
-    """A model of random weights on the GPU."""
-    with torch.device("cuda"):
+def whole(config: Any, dtype: torch.dtype, device: str = "cuda") -> VisionLanguageModel:
+    """A model of random weights on the device."""
+    with torch.device(device):
         torch.set_default_dtype(dtype)
         model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa")
         torch.set_default_dtype(torch.float32)
     return VisionLanguageModel(model=model.to(dtype), tokenizer=None, image_processor=None)  # type: ignore[arg-type]
 
 
+def stage_of(recipe: Recipe, name: str) -> StageConfig:
+    """The stage of this name."""
+    return next(stage for stage in recipe.stages if stage.name == name)
+
+
 def state_of(recipe: Recipe, stage_name: str) -> TrainState:
     """What the pipeline would train with."""
-    stage = recipe.stage(stage_name)
+    stage = stage_of(recipe, stage_name)
     teacher = whole(AutoConfig.from_pretrained(recipe.teacher.path), torch.bfloat16)  # type: ignore[union-attr]
     teacher.model.requires_grad_(False).eval()
     student = whole(student_config(recipe.student), torch.float32)
-    student.train_only(stage.train)
     if recipe.gradient_checkpointing:
         student.model.gradient_checkpointing_enable()
+    return prepared(stage, student, teacher, vocab_size=151_665)
+
+
+def prepared(
+    stage: StageConfig, student: VisionLanguageModel, teacher: VisionLanguageModel | None, *, vocab_size: int
+) -> TrainState:
+    """Models made ready for a stage, as the pipeline does it in bf16."""
+    student.train_only(stage.train)
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(mixed_precision="bf16")
-    module = StudentModule(student, stage, 151_665)
+    module = StudentModule(student, stage, vocab_size)
     module, optimizer = accelerator.prepare(module, build_optimizer(module, stage))
     student.model.train()
     given = {"accelerator": accelerator, "module": module, "optimizer": optimizer, "student": student}
-    return TrainState(**given, teacher=teacher, pair=Pair(vocab_size=151_665, shared_tower=True, note=""), stage=stage)
+    pair = Pair(vocab_size=vocab_size, shared_tower=True, note="")
+    return TrainState(**given, teacher=teacher, pair=pair if teacher else None, stage=stage)
 
 
-def batch_of(rows: int, response: int) -> Batch:
-    """Random rows with one picture each."""
-    ids = torch.randint(10, 151_000, (rows, VISUAL + TEXT))
+def batch_of(
+    rows: int,
+    response: int,
+    *,
+    visual: int = VISUAL,
+    text: int = TEXT,
+    image: int = 384,
+    vocabulary: int = 151_000,
+    padding: int = 1,
+) -> Batch:
+    """Random rows with one picture each, after BEFORE tokens; the first row ends in padding."""
+    ids = torch.randint(10, vocabulary, (rows, visual + text))
     segments = torch.full(ids.shape, int(Segment.PROMPT), dtype=torch.uint8)
-    segments[:, 20 : 20 + VISUAL] = int(Segment.VISUAL)
+    segments[:, BEFORE : BEFORE + visual] = int(Segment.VISUAL)
     segments[:, -response:] = int(Segment.RESPONSE)
-    segments[0, -1] = int(Segment.PADDING)
+    segments[0, visual + text - padding :] = int(Segment.PADDING)
     return Batch(
         input_ids=ids,
         attention_mask=(segments != Segment.PADDING).long(),
         labels=ids.where(segments == Segment.RESPONSE, -100),
         segments=segments,
         image_rows=torch.arange(rows),
-        pixel_values=torch.randn(rows, 3, 384, 384),
+        pixel_values=torch.randn(rows, 3, image, image),
     )
 
 

@@ -1,0 +1,321 @@
+"""The models, rows and ways to compute a step that step.py measures: the released trainer's, and ours."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from plan_llava_kd import RECIPES, local, write_configs
+from plan_measured import BEFORE, batch_of, prepared, stage_of, whole
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from llavakd.config import Recipe, StageConfig, load_recipe
+from llavakd.data.chat import IGNORE_INDEX, Segment
+from llavakd.data.collate import Batch
+from llavakd.losses import Counts, count
+from llavakd.models.student import VisionLanguageModel, student_config
+from llavakd.train import step as trainer
+from llavakd.train.optim import set_learning_rate
+from losses import released_parts
+
+RECIPE = "qwen2.5-0.5b"
+Clock = Callable[[str], AbstractContextManager[Any]]
+Step = Callable[..., Any]  # takes a Clock
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Of the rows, of the models (`small`: a few layers), and of what is measured."""
+
+    rows: tuple[int, ...] = (16, 8)
+    visual: int = 729
+    text: int = 200
+    response: int = 100
+    image: int = 384
+    vocabulary: int = 151_936
+    matrix: int = 8192
+    repeats: int = 5
+    backend: str = "inductor"
+    small: bool = False
+
+
+TINY = Size(
+    rows=(3, 2),
+    visual=16,
+    text=32,
+    response=8,
+    image=56,
+    vocabulary=512,
+    matrix=64,
+    repeats=1,
+    backend="aot_eager",
+    small=True,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One way to compute a step; `compiled` names models, `optimizer` is the trainer's whole `train_step`."""
+
+    name: str
+    released: bool = False
+    float_logits: bool = False
+    autocast: bool = False
+    compiled: tuple[str, ...] = ()
+    checkpointing: bool = False
+    optimizer: bool = False
+
+
+BOTH = ("teacher", "student")
+REFERENCE = Contender(name="reference", released=True)
+FAST = Contender(name="ours, both compiled", compiled=BOTH)
+OURS = Contender(name="ours")
+CONTENDERS = (
+    REFERENCE,
+    Contender(name="reference, float32 logits", released=True, float_logits=True),  # as its transformers makes them
+    Contender(name="reference, float32 weights under autocast", released=True, autocast=True),
+    OURS,
+    Contender(name="ours, teacher compiled", compiled=("teacher",)),
+    FAST,
+    Contender(name="ours, student compiled", compiled=("student",)),
+    Contender(name="ours, both compiled, train_step", compiled=BOTH, optimizer=True),
+    Contender(name="ours, checkpointing", checkpointing=True),
+    Contender(name="ours, both compiled, checkpointing", compiled=BOTH, checkpointing=True),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """Student in float32, the same numbers in bfloat16 (`narrow`), teacher in bfloat16; the towers are equal.
+
+    compiled: for each model, what a call of each of its compiled modules goes to.
+    """
+
+    student: VisionLanguageModel
+    narrow: VisionLanguageModel
+    teacher: VisionLanguageModel
+    compiled: dict[str, dict[nn.Module, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A stage with the rows of one step, as they come from the loader (`host`) and on the device."""
+
+    stage: StageConfig
+    models: Models
+    host: Batch
+    batch: Batch
+    counts: Counts
+
+    @property
+    def teacher(self) -> VisionLanguageModel | None:
+        """None where nothing is distilled."""
+        return self.models.teacher if self.stage.losses.distils else None
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The paper's recipe, its models as config files in `folder`."""
+    write_configs(folder)
+    changes = ["student.vision_feature_select_strategy=full", "gradient_checkpointing=false"]
+    return load_recipe(RECIPES / f"{RECIPE}.yaml", [*local(folder, RECIPE), *changes])
+
+
+def make_models(recipe: Recipe, size: Size, device: str, compile_whole: bool) -> Models:
+    """Random models of the recipe's shapes."""
+    assert recipe.teacher, "the recipe has no teacher"
+    configs = {"student": student_config(recipe.student), "teacher": AutoConfig.from_pretrained(recipe.teacher.path)}
+    made = {}
+    for number, (name, config) in enumerate(configs.items(), start=1):
+        config.vision_feature_select_strategy, config.image_seq_length = "full", size.visual
+        config.image_token_id = size.vocabulary - 1
+        config.vision_config.vision_use_head = False  # transformers 5.17 does not know it until it is set
+        if size.small:
+            shrink(config, size, 32 * number)
+        torch.manual_seed(number)
+        made[name] = whole(config, torch.float32, device)
+    student, teacher = made["student"], made["teacher"]
+    cast(teacher, torch.bfloat16)
+    teacher.model.requires_grad_(False).eval()
+    student.parts()["vision_tower"].load_state_dict(teacher.parts()["vision_tower"].state_dict())
+    cast(student, torch.bfloat16)
+    narrow = copy.deepcopy(student)
+    cast(student, torch.float32)
+    compiled = {name: compile_modules(model, size.backend, compile_whole) for name, model in made.items()}
+    return Models(student=student, narrow=narrow, teacher=teacher, compiled=compiled)
+
+
+def shrink(config: Any, size: Size, width: int) -> None:
+    """Make a model's configuration one of a few layers."""
+    small = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    text = small | {"hidden_size": width, "intermediate_size": 2 * width, "num_key_value_heads": 2}
+    vision = small | {"hidden_size": 32, "intermediate_size": 64, "image_size": size.image, "num_hidden_layers": 3}
+    for part, values in ((config.text_config, text | {"vocab_size": size.vocabulary}), (config.vision_config, vision)):
+        for key, value in values.items():
+            setattr(part, key, value)
+
+
+def cast(model: VisionLanguageModel, dtype: torch.dtype) -> None:
+    """Only the weights: `to` would round the rotary frequencies, too."""
+    for parameter in model.model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def compile_modules(model: VisionLanguageModel, backend: str, compile_whole: bool) -> dict[nn.Module, Any]:
+    """Compiled calls of the decoder, or of each of its layers, which share one graph; nothing is switched on yet."""
+    decoder: Any = model.parts()["language_model"]
+    found = {}
+    for module in [decoder] if compile_whole else decoder.layers:
+        module.compile(backend=backend, dynamic=False)
+        found[module], module._compiled_call_impl = module._compiled_call_impl, None
+    return found
+
+
+@contextmanager
+def switched(models: Models, contender: Contender) -> Iterator[None]:
+    """The models as this contender wants them, and back."""
+    student = models.student.model
+    if contender.checkpointing:
+        student.gradient_checkpointing_enable()
+    for name in contender.compiled:
+        for module, call in models.compiled[name].items():
+            module._compiled_call_impl = call
+    try:
+        yield
+    finally:
+        if contender.checkpointing:
+            student.gradient_checkpointing_disable()
+        for module in (module for calls in models.compiled.values() for module in calls):
+            module._compiled_call_impl = None
+        for model in (student, models.narrow.model):
+            model.zero_grad()
+
+
+def make_case(recipe: Recipe, stage: str, models: Models, size: Size, rows: int, device: str) -> Case:
+    """Full rows, one picture each."""
+    torch.manual_seed(0)
+    sizes = {"visual": size.visual, "text": size.text, "image": size.image}
+    host = batch_of(rows, size.response, **sizes, vocabulary=size.vocabulary - 1, padding=0)
+    visual = host.segments == Segment.VISUAL
+    host = dataclasses.replace(host, input_ids=host.input_ids.masked_fill(visual, size.vocabulary - 1))
+    counts = count(host.labels, visual, host.image_rows)
+    batch = host.to(torch.device(device))
+    return Case(stage=stage_of(recipe, stage), models=models, host=host, batch=batch, counts=counts)
+
+
+def untimed(name: str) -> AbstractContextManager[None]:
+    """No clock."""
+    return nullcontext()
+
+
+def released(
+    case: Case,
+    batch: Batch,
+    student: VisionLanguageModel,
+    teacher: VisionLanguageModel | None,
+    clock: Clock = untimed,
+    *,
+    float_logits: bool = False,
+    autocast: bool = False,
+) -> dict[str, Tensor]:
+    """The released trainer's losses by name: both models whole, with towers and all logits."""
+    inputs = {name: getattr(batch, name) for name in ("input_ids", "attention_mask", "pixel_values")}
+    with clock("student with its tower"), torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=autocast):
+        logits = [student.model(**inputs, use_cache=False).logits]
+    if teacher:
+        with clock("teacher with its tower"), torch.no_grad():
+            logits.append(teacher.model(**inputs, use_cache=False).logits)
+    with clock("loss"):
+        logits = [side.float() for side in logits] if float_logits else logits
+        predicts = batch.labels[:, 1:] != IGNORE_INDEX
+        labels, response = batch.labels[:, 1:][predicts], [side[:, :-1][predicts] for side in logits]
+        if not teacher:
+            return {"ce": F.cross_entropy(response[0], labels)}
+        seen = slice(BEFORE, BEFORE + student.tokens_per_image)
+        student_side, teacher_side = (side[:, seen] for side in logits)
+        return released_parts((response[0], response[1]), (student_side, teacher_side), labels)
+
+
+def weigh(parts: dict[str, Tensor], stage: StageConfig) -> Tensor:
+    """The stage's loss."""
+    return torch.stack([stage.losses.weights[name] * value.float() for name, value in parts.items()]).sum()
+
+
+def make_step(case: Case, contender: Contender) -> tuple[Step, Callable[[], int]]:
+    """A contender's step, and what tells the bytes that stand between two of them."""
+    return (released_step if contender.released else our_step)(case, contender)
+
+
+def released_step(case: Case, contender: Contender) -> tuple[Step, Callable[[], int]]:
+    """The released trainer's."""
+    student = case.models.student if contender.autocast else case.models.narrow
+    student.train_only(case.stage.train)
+    student.model.train()
+    how = {"float_logits": contender.float_logits, "autocast": contender.autocast}
+
+    def step(clock: Clock = untimed) -> None:
+        total = weigh(released(case, case.batch, student, case.teacher, clock, **how), case.stage)
+        with clock("backward"):
+            total.backward()
+        student.model.zero_grad()
+
+    return step, lambda: standing(student, case.teacher)
+
+
+def our_step(case: Case, contender: Contender) -> tuple[Step, Callable[[], int]]:
+    """Our trainer's own."""
+    student, teacher = case.models.student, case.teacher
+    state = prepared(case.stage, student, teacher, vocab_size=len(student.head))
+    set_learning_rate(state.optimizer, 0.0)  # the contenders after this one get the same weights
+
+    def step(clock: Clock = untimed) -> None:
+        if contender.optimizer:
+            trainer.train_step(state, [case.host], step=0)
+            return
+        with timed_calls(clock):
+            total = trainer._forward(state, case.batch, case.counts).total
+        with clock("backward"):
+            state.accelerator.backward(total)
+        student.model.zero_grad()
+
+    moments = state.optimizer.state
+    return (
+        step,
+        lambda: (
+            standing(student, teacher) + sum(tensor.nbytes for held in moments.values() for tensor in held.values())
+        ),
+    )
+
+
+@contextmanager
+def timed_calls(clock: Clock) -> Iterator[None]:
+    """Put the clock around what the trainer's step calls."""
+
+    def timed(function: Callable[..., Any], name: str, alone: str) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            with clock(name if torch.is_grad_enabled() else alone):
+                return function(*args, **options)
+
+        return call
+
+    names = {
+        "vision_features": ("tower", "tower"),
+        "final_hidden": ("student forward", "teacher forward"),
+        "objective": ("loss", "loss"),
+    }
+    clocked: dict[str, Any] = {key: timed(getattr(trainer, key), *both) for key, both in names.items()}
+    with patch.multiple(trainer, **clocked):
+        yield
+
+
+def standing(*models: VisionLanguageModel | None) -> int:
+    """Bytes of weights."""
+    return sum(parameter.nbytes for model in models if model for parameter in model.model.parameters())

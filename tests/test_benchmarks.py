@@ -1,0 +1,97 @@
+"""The scripts that need a GPU or free cores for their figures run through on models and data of a toy's size."""
+
+import gc
+import json
+import math
+
+import pipeline
+import pytest
+import step
+import step_contenders
+from accelerate.state import AcceleratorState
+
+PARTS = ("ce", "response_kl", "visual_kl", "relation")
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    out = tmp_path_factory.mktemp("step") / "step.json"
+    gc.freeze()  # it collects for each contender, and need not look through all that is imported each time
+    step.main(["--tiny", "--out", str(out), "--rows", "2", "--backend", "eager", "--profile"])
+    gc.unfreeze()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return json.loads(out.read_text(encoding="utf-8")), out.with_suffix(".txt").read_text(encoding="utf-8")
+
+
+def test_every_contender_is_measured_beside_the_reference(steps):
+    lines = steps[0]["steps"]
+    assert [line for line in lines if "failed" in line or "skipped" in line] == []
+    names = [line["name"] for line in lines if line["stage"] == "dft"]
+    assert names == [contender.name for contender in step_contenders.CONTENDERS]
+    for line in lines:
+        base = next(one for one in lines if one["stage"] == line["stage"])
+        assert base["name"] == "reference"
+        assert line["ms"] > 0
+        assert line["gib"] > 0
+        assert line["ms_to_reference"] == pytest.approx(line["ms"] / base["ms"])
+
+
+def test_the_parts_of_a_step_are_those_of_its_path(steps):
+    for line in steps[0]["steps"]:
+        if line["name"] == "ours":
+            teacher = {"teacher forward"} if line["stage"] != "sft" else set()
+            assert set(line["parts_ms"]) == {"tower", "student forward", "loss", "backward"} | teacher
+        if line["name"] == "reference" and line["stage"] == "dft":
+            assert set(line["parts_ms"]) == {"student with its tower", "teacher with its tower", "loss", "backward"}
+
+
+def test_losses_and_gradients_of_ours_and_of_the_reference_agree(steps):
+    lines = steps[0]["agreement"]
+    pairs = [("ours", "float32"), ("reference", "float32"), ("ours", "reference")]
+    assert [(line["name"], line["beside"]) for line in lines] == pairs * 2
+    for line in lines:
+        assert line["losses"].keys() == set(PARTS)
+        for part, values in line["losses"].items():
+            assert values[line["name"]] == pytest.approx(values[line["beside"]], rel=0.15), part
+        assert 0 < max(line["gradient_error"].values()) < 0.05
+    assert lines[0]["gradient_error"].keys() == {"projector", "layers", "head", "all"}
+    assert lines[3]["gradient_error"].keys() == {"projector", "all"}  # dpt
+
+
+def test_a_step_has_a_floor_and_a_profile(steps):
+    told, table = steps
+    assert [line["stage"] for line in told["floor"]] == ["dft", "dpt", "sft"]
+    for line in told["floor"]:
+        assert line["ms"] == pytest.approx(1e3 * sum(line["tflop"].values()) / told["product_tflops"])
+    assert table.count("Self CPU") >= 4
+    assert "ours, both compiled, dpt, 2 rows" in table
+
+
+def test_a_contender_that_fails_is_noted_and_the_next_ones_go_on(tmp_path):
+    results = step.Results(out=tmp_path / "x.json", started=0.0, minutes=math.inf, found={"steps": []})
+    place = {"stage": "dft", "rows": 2, "name": "reference"}
+    results.note("steps", place, lambda: 1 / 0)
+    results.note("steps", place, lambda: {"ms": 2.0, "gib": 1.0})
+    results.minutes = 0
+    results.note("steps", place, lambda: {"ms": 2.0, "gib": 1.0})
+    failed, measured, skipped = json.loads(results.out.read_text(encoding="utf-8"))["steps"]
+    assert failed["failed"].startswith("ZeroDivisionError")
+    assert measured["ms_to_reference"] == 1
+    assert "skipped" in skipped
+
+
+def test_the_loader_is_timed_and_padding_counted(tmp_path):
+    out = tmp_path / "pipeline.json"
+    pipeline.main(["--tiny", "--out", str(out)])
+    told = json.loads(out.read_text(encoding="utf-8"))
+    assert [line["grouping"] for line in told["padding"]] == ["none", "length", "modality_length"]
+    for line in told["padding"]:
+        assert 0 <= line["padding"] < 1
+        assert line["padded_tokens"] >= line["live_tokens"] > 0
+    (row,) = told["row_ms"]
+    parts = sum(value for name, value in row.items() if not name.startswith("all"))
+    assert 0.3 * parts < row["all, by the data set"] < 3 * parts
+    assert [(line["workers"], line["step_ms"]) for line in told["loader"]] == [(0, 0), (1, 0), (0, 20), (1, 20)]
+    for line in told["loader"]:
+        assert line["rows_per_s"] > 0
+        assert line["waiting"] is None or 0 <= line["waiting"] <= 1
