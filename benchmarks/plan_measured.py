@@ -27,8 +27,7 @@ from llavakd.data.collate import Batch
 from llavakd.models.alignment import Pair
 from llavakd.models.student import VisionLanguageModel, student_config
 from llavakd.plan import plan_run
-from llavakd.train.optim import build_optimizer
-from llavakd.train.step import StudentModule, TrainState, train_step
+from llavakd.train.step import StudentModule, TrainState, build_optimizer, train_step
 from losses import environment
 
 VISUAL, TEXT, BEFORE = 728, 200, 20  # tokens of the picture, of all text, and of the text before the picture

@@ -171,6 +171,12 @@ def test_every_problem_is_told_at_once():
         ("stages.0.global_batch_size", 0, r"global_batch_size: got 0"),
         ("stages.0.micro_batch_size", 3, r"micro_batch_size: got 3, expected a divisor of global_batch_size 8"),
         ("stages.0.micro_batch_size", 0, r"micro_batch_size: got 0"),
+        ("stages.0.max_tokens_per_batch", 0, r"max_tokens_per_batch: got 0"),
+        (
+            "stages.0.max_tokens_per_batch",
+            1024,
+            r"stages\.0 \(dpt\)\.max_tokens_per_batch: got 1024, less than max_length 2048 of data\.captions",
+        ),
         ("save_every", 0, "save_every: got 0"),
         ("data.instruct.subset.stop", 1.5, r"data\.instruct\.subset\.stop: got 1.5"),
         ("data.instruct.subset.group", "(", r"data\.instruct\.subset\.group: '\(' is no regular expression"),
@@ -180,6 +186,25 @@ def test_every_problem_is_told_at_once():
 def test_a_run_that_makes_no_sense_is_refused(dotted, value, message):
     with pytest.raises(RecipeError, match=message):
         parse_recipe(changed(dotted, value))
+
+
+def test_packs_take_the_place_of_micro_batches_of_rows():
+    tree = changed("stages.0.max_tokens_per_batch", 2048)
+    assert parse_recipe(tree).stages[0].max_tokens_per_batch == 2048
+    tree["stages"][0]["micro_batch_size"] = 4
+    with pytest.raises(RecipeError, match=r"dpt\)\.max_tokens_per_batch: .* micro_batch_size, .*; remove one"):
+        parse_recipe(tree)
+
+
+def test_a_pack_must_have_room_for_a_row_of_each_source():
+    tree = changed("stages.1.data", {"instruct": 1.0, "captions": 0.5})
+    tree["stages"][1]["max_tokens_per_batch"] = 3000
+    assert parse_recipe(tree)
+    tree["data"]["captions"]["max_length"] = 3001
+    with pytest.raises(
+        RecipeError, match=r"max_tokens_per_batch: got 3000, less than max_length 3001 of data\.captions"
+    ):
+        parse_recipe(tree)
 
 
 def test_a_recipe_without_distillation_needs_no_teacher():

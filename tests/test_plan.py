@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import weakref
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,8 +28,7 @@ from llavakd.losses import rows as rows_module
 from llavakd.models.alignment import Pair
 from llavakd.models.student import VisionLanguageModel, build_student, final_hidden, student_config, vision_features
 from llavakd.plan import plan_run
-from llavakd.train.optim import build_optimizer
-from llavakd.train.step import StudentModule, TrainState, train_step
+from llavakd.train.step import StudentModule, TrainState, build_optimizer, train_step
 
 VISUAL, TEXT, RESPONSE = 48, 80, 40  # tokens of every row: 7 x 7 patches less one, and text, half of it answered
 ROWS = 6
@@ -188,6 +190,25 @@ def bytes_of(tensors) -> int:
     return sum(storages.values())
 
 
+@contextmanager
+def kept_bytes(model):
+    """Yield a function that says how many bytes autograd still keeps of what ran inside, weights not counted."""
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    saved = []
+
+    def note(tensor):
+        held = tensor.detach()  # itself, an output would keep its own graph alive
+        saved.append(weakref.ref(held))  # of layers that nothing follows, it is gone before the end
+        return held
+
+    def kept():
+        alive = [tensor for one in saved if (tensor := one()) is not None]
+        return bytes_of(tensor for tensor in alive if tensor.untyped_storage()._cdata not in own)
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield kept
+
+
 def test_memory_is_that_of_a_real_step(parts, kind):
     recipe = recipe_of(parts, kind)
     state = real_state(recipe, "sdpa")
@@ -203,33 +224,76 @@ def test_memory_is_that_of_a_real_step(parts, kind):
     assert memory["optimizer"] == exactly(states, rel=0.05)
     assert memory["teacher"] == (bytes_of(state.teacher.model.parameters()) if state.teacher else 0)
 
-    kept: dict[int, int] = {}
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-
-    def note(tensor):
-        if tensor.untyped_storage()._cdata not in own:
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor
-
     with state.accelerator.autocast(), torch.set_grad_enabled(learns):
         features = None if learns else vision_features(model, batch.pixel_values)
     visual = batch.segments == Segment.VISUAL
-    with state.accelerator.autocast(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with state.accelerator.autocast(), kept_bytes(model) as kept:
         if learns:
             features = vision_features(model, batch.pixel_values)
         hidden = final_hidden(model, batch.input_ids, batch.attention_mask, visual, features)
-    assert memory["activations"] == pytest.approx(sum(kept.values()), rel=0.005)
+    assert memory["activations"] == pytest.approx(kept(), rel=0.005)
     hidden.sum().backward()
     gradients = bytes_of(p.grad for p in model.parameters() if p.grad is not None)
     assert memory["gradients"] == exactly(gradients, rel=0.05)
     model.zero_grad()
-    del hidden, features
-    kept.clear()
+    del hidden, features, kept
 
     with PeakMode() as mode:
         train_step(state, [batch], step=1)
     standing = memory["weights"] + memory["optimizer"] + memory["teacher"]
     assert memory["peak"] - standing == pytest.approx(mode.peak, rel=0.15)
+
+
+def real_pack() -> Batch:
+    """Half of the rows one behind the other."""
+    rows, half = real_batch(), ROWS // 2
+    lines = {name: getattr(rows, name)[:half].reshape(1, -1) for name in ("input_ids", "labels", "segments")}
+    lines["position_ids"] = torch.arange(VISUAL + TEXT).repeat(half)[None]
+    lines["attention_mask"] = torch.ones_like(lines["position_ids"])
+    return dataclasses.replace(rows, **lines, image_rows=torch.arange(half), pixel_values=rows.pixel_values[:half])
+
+
+def test_a_packed_stage_is_planned_by_its_tokens(parts, kind):
+    """FLOPs, for every position meets the whole pack, and what autograd keeps, of a real pack."""
+    recipe = recipe_of(parts, kind, max_tokens_per_batch=ROWS // 2 * (VISUAL + TEXT))
+    stage, pack = planned_stage(recipe), real_pack()
+    assert (stage["micro_batch_size"], stage["accumulation"]) == (ROWS // 2, 2)
+    state = real_state(recipe, "eager")
+    train_step(state, [pack, pack], step=0)
+    with FlopCounterMode(display=False) as counter:
+        train_step(state, [pack, pack], step=0)
+    assert sum(stage["flops"].values()) == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+    model = real_state(recipe, "sdpa").student.model
+    visual, learns = pack.segments == Segment.VISUAL, "vision_tower" in recipe.stages[0].train
+    with state.accelerator.autocast(), kept_bytes(model) as kept:
+        with torch.set_grad_enabled(learns):
+            features = vision_features(model, pack.pixel_values)
+        _ = final_hidden(model, pack.input_ids, pack.attention_mask, visual, features, pack.position_ids)
+    assert stage["memory"]["activations"] == pytest.approx(kept(), rel=0.005)
+
+
+def test_packs_of_a_step_follow_from_tokens_and_gpus(parts):
+    changes = {"global_batch_size": 64, "max_tokens_per_batch": 2 * (VISUAL + TEXT)}
+    stage = plan_run(recipe_of(parts, "dft", **changes), gpus=4, rows=640, text_tokens=TEXT)["stages"][0]
+    assert (stage["steps"], stage["micro_batch_size"], stage["accumulation"]) == (10, 2, 8)
+    padded = changes | {"max_tokens_per_batch": None, "micro_batch_size": 2}
+    other = plan_run(recipe_of(parts, "dft", **padded), gpus=4, rows=640, text_tokens=TEXT)["stages"][0]
+    assert stage["memory"]["peak"] == pytest.approx(other["memory"]["peak"], rel=0.1)
+    assert stage["flops"]["teacher"] > other["flops"]["teacher"]
+    # A step's rows that are fewer than a pack may hold are one pack of them.
+    changes["max_tokens_per_batch"] = 10**9
+    stage = plan_run(recipe_of(parts, "dft", **changes), gpus=4, rows=640, text_tokens=TEXT)["stages"][0]
+    assert (stage["micro_batch_size"], stage["accumulation"]) == (16, 1)
+
+
+def test_advice_for_a_packed_stage_is_a_smaller_pack_that_still_holds_a_row(parts, monkeypatch):
+    recipe = recipe_of(parts, "dft", max_tokens_per_batch=ROWS * (VISUAL + TEXT))
+    peak = planned_stage(recipe)["memory"]["peak"]
+    monkeypatch.setitem(plan_module.GPUS, "toy", (1, peak * 0.75 / 2**30))
+    advice = plan_run(recipe, gpu="toy", rows=ROWS, text_tokens=TEXT)["stages"][0]["advice"]
+    assert re.fullmatch(r"stages\.one\.max_tokens_per_batch=\d+", advice)
+    assert VISUAL + TEXT <= int(advice.partition("=")[2]) < ROWS * (VISUAL + TEXT)
 
 
 def test_steps_hours_and_accumulation_follow_from_rows_and_gpus(parts):

@@ -118,6 +118,8 @@ class StageConfig:
     global_batch_size: Count
     micro_batch_size: Count | None = None
     """Rows a device holds at once; absent: global_batch_size / number of processes. Accumulation is derived."""
+    max_tokens_per_batch: Count | None = None
+    """Instead of padding, rows follow one another, up to so many tokens at once; none sees another, the result is the same."""
     epochs: Positive = 1.0
     reduction: Literal["sample", "token"] = "sample"
     """sample: mean over rows of each row's mean; token: mean over the global batch's tokens (or pictures)."""
@@ -343,7 +345,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     read = [("evaluation", recipe.evaluation.data)] if recipe.evaluation else []
     for index, stage in enumerate(recipe.stages):
         place = f"stages.{index} ({stage.name})"
-        yield from (f"{place}.{problem}" for problem in _stage_problems(stage, recipe.teacher))
+        yield from (f"{place}.{problem}" for problem in _stage_problems(stage, recipe))
         read += [(place, name) for name in stage.sources]
     for place, name in read:
         if name not in recipe.data:
@@ -356,14 +358,20 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             yield f"data.{name}.subset.group: {group!r} is no regular expression: {error}"
 
 
-def _stage_problems(stage: StageConfig, teacher: TeacherConfig | None) -> Iterator[str]:
+def _stage_problems(stage: StageConfig, recipe: Recipe) -> Iterator[str]:
     losses, weights, micro = stage.losses, stage.losses.weights, stage.micro_batch_size
     if not stage.train:
         yield "train: the stage trains nothing; name vision_tower, projector or language_model"
     if not any(weights.values()):
         yield f"losses: every weight is 0; give at least one of {', '.join(weights)} a weight"
-    if losses.distils and not teacher:
+    if losses.distils and not recipe.teacher:
         part = next(part for part, weight in weights.items() if weight and part != "ce")
         yield f"losses.{part}: distils, but the recipe has no `teacher`; add teacher: {{path: ...}} or set the weight to 0"
     if micro and stage.global_batch_size % micro:
         yield f"micro_batch_size: got {micro}, expected a divisor of global_batch_size {stage.global_batch_size}"
+    most = stage.max_tokens_per_batch or 0
+    if micro and most:
+        yield "max_tokens_per_batch: stands beside micro_batch_size, which it replaces; remove one of them"
+    for name in stage.sources.keys() & recipe.data if most else ():
+        if (longest := recipe.data[name].max_length) > most:
+            yield f"max_tokens_per_batch: got {most}, less than max_length {longest} of data.{name}; make it that at least"

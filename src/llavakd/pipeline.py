@@ -28,8 +28,7 @@ from llavakd.report import write_report
 from llavakd.shapes import write_world
 from llavakd.train.checkpoint import file_digest, write_folder, write_text
 from llavakd.train.loop import run_stage
-from llavakd.train.optim import build_optimizer
-from llavakd.train.step import StudentModule, TrainState
+from llavakd.train.step import StudentModule, TrainState, build_optimizer
 
 
 @dataclass(frozen=True, kw_only=True)

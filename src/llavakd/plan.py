@@ -7,6 +7,7 @@ tensors without data (FakeTensorMode), with one decoder layer and with two; the 
 import copy
 import functools
 import itertools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from llavakd.losses.rows import GRADIENT_CHUNKS, rows_at_once
 from llavakd.models.parts import FAMILIES, load
 from llavakd.models.student import DTYPES, VisionLanguageModel, final_hidden, outline, student_config, vision_features
 from llavakd.templates import render
-from llavakd.train.loop import shard_of, total_steps
+from llavakd.train.loop import micro_batch_size, total_steps
 
 _KNOWN = yaml.safe_load((Path(__file__).parent / "assets" / "plan.yaml").read_text(encoding="utf-8"))
 GPUS = _KNOWN["gpus"]  # name -> (TFLOP/s, GiB)
@@ -72,7 +73,7 @@ def plan_run(
         if (kind := config.model_type) not in FAMILIES:
             raise UserError(f"teacher.path: {recipe.teacher.path} is a {kind!r}, expected {' or '.join(FAMILIES)}")
         models["teacher"] = outline(config)
-    towers = [_forward_flops(model, model.tokens_per_image, 0)[0] for model in models.values()]
+    towers = [_forward_flops(model, model.tokens_per_image, 0, 0)[0] for model in models.values()]
     names = dict.fromkeys(name for stage in recipe.stages for name in stage.sources)
     sources = {name: _tokens(recipe, name, models["student"].tokens_per_image, rows, text_tokens) for name in names}
     guessed = {name: sources[name] for name in names if not Path(recipe.data[name].path).is_file()}
@@ -105,34 +106,46 @@ class StageCost:
         """Everything about the stage on GPUs of a kind of GPUS."""
         recipe, stage, tokens, (rate, gib) = self.recipe, self.stage, self.tokens, GPUS[gpu]
         self.student.train_only(stage.train)
-        micro = shard_of(stage, rank=0, world_size=self.gpus).micro_batch_size
+        micro, most = micro_batch_size(stage, processes=self.gpus), stage.max_tokens_per_batch
+        size = min(most, micro * tokens.longest) if most else micro
+        rows = self._held(size)[0]
         steps = total_steps(tokens.rows, stage)
         seen = steps * stage.global_batch_size
-        flops = {part: seen * value for part, value in self.row_flops(micro).items()}
+        flops = {part: seen * value for part, value in self.row_flops(size).items()}
         if recipe.cache_features:  # each picture once, for the first stage that reads its folder
             folders = [{recipe.data[name].images for name in other.sources} for other in recipe.stages]
             place = recipe.stages.index(stage)
             flops["vision_tower"] *= (folders.index(folders[place]) == place) * tokens.rows / seen
-        now = (micro, recipe.gradient_checkpointing, recipe.teacher.dtype if recipe.teacher else "bfloat16")
+        now = (size, recipe.gradient_checkpointing, recipe.teacher.dtype if recipe.teacher else "bfloat16")
         return {
             "name": stage.name,
             "trainable": sum(p.numel() for p in self.student.model.parameters() if p.requires_grad),
             "tokens": tokens._asdict(),
             "steps": steps,
-            "micro_batch_size": micro,
-            "accumulation": stage.global_batch_size // (micro * self.gpus),
+            "micro_batch_size": round(rows),
+            "accumulation": math.ceil(stage.global_batch_size / (rows * self.gpus)),
             "flops": flops,
             "memory": self.memory(*now),
             "advice": self._advice(now, gib * 2**30 * _USABLE),
             "hours": sum(flops.values()) / (self.gpus * rate * 1e12 * efficiency) / 3600,
         }
 
-    def row_flops(self, micro: int) -> dict[str, float]:
+    def _held(self, size: int) -> tuple[float, int, int, int]:
+        """Of a micro-batch of so many of the longest rows, or a pack of so many tokens: rows, lines, length, pictures."""
+        tokens = self.tokens
+        if not self.stage.max_tokens_per_batch:
+            return size, size, tokens.longest, size * tokens.most_pictures
+        rows = min(size / (tokens.visual + tokens.text), self.stage.global_batch_size / self.gpus)
+        return rows, 1, size, math.ceil(rows * tokens.visual / self.student.tokens_per_image)
+
+    def row_flops(self, size: int) -> dict[str, float]:
         """FLOPs of one mean row by part; a multiplication and its addition are two, attention is counted unmasked."""
         losses, again, tokens = self.stage.losses, self.recipe.gradient_checkpointing, self.tokens
         tower_learns, projector_learns, text_learns = (part in self.stage.train for part in self.student.parts())
         count, pictures = self.student.tokens_per_image, tokens.visual / self.student.tokens_per_image
-        tower, linear, attention, projector = _forward_flops(self.student, tokens.visual, tokens.text)
+        rows, lines, *_ = self._held(size)
+        row = tokens.visual, tokens.text, rows / lines * (tokens.visual + tokens.text)
+        tower, linear, attention, projector = _forward_flops(self.student, *row)
         # A frozen layer passes the gradient on: one product; a learning one makes its own, too. Attention: five for two.
         backward = linear * (1 + text_learns) + attention * 2.5 + 2 * projector * projector_learns
         # A layer is made again up to its last matrix, which is not needed.
@@ -148,23 +161,24 @@ class StageCost:
             "heads": 2 * live * vocabulary * ds * (2 + text_learns),
         }
         if self.teacher:
-            dt, (theirs, *others) = self.teacher.head.shape[1], _forward_flops(self.teacher, tokens.visual, tokens.text)
+            dt, (theirs, *others) = self.teacher.head.shape[1], _forward_flops(self.teacher, *row)
             flops["teacher"] = sum(others) + theirs * (tower_learns or theirs != tower)
             flops["heads"] += 2 * live * vocabulary * dt
-            squares = 4 * vocabulary * ds * ds * text_learns / micro  # a frozen head's is made once
+            squares = 4 * vocabulary * ds * ds * text_learns / rows  # a frozen head's is made once
             grams = 2 * count * (ds * ds * (2 + text_learns) + dt * dt) + 2 * count**2 * (3 * ds + dt)
             flops["relation"] = (squares + pictures * grams) * bool(losses.relation and pictures)
         return flops
 
-    def memory(self, micro: int, checkpointing: bool, teacher_dtype: str) -> dict[str, float]:
-        """Bytes on one GPU by part, with `micro` of the longest rows, and their `peak`."""
+    def memory(self, size: int, checkpointing: bool, teacher_dtype: str) -> dict[str, float]:
+        """Bytes on one GPU by part, with a micro-batch of this size (see `_held`), and their `peak`."""
         model, head, tokens, train = self.student.model, self.student.head, self.tokens, self.stage.train
         vocabulary = min(len(model.head) for model in (self.student, self.teacher) if model)
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         gradients = sum(parameter.nbytes for parameter in learning)
         bf16 = self.recipe.precision == "bf16"
-        visual = tokens.most_pictures * self.student.tokens_per_image
-        live = micro * self._live(visual, (tokens.longest - visual) * tokens.response / tokens.text)
+        rows, lines, length, pictures = self._held(size)
+        visual = pictures * self.student.tokens_per_image
+        live = self._live(visual, (lines * length - visual) * tokens.response / tokens.text)
         # Logits of a chunk, gradients kept of some, the head in two bytes, its gradient, and the gradient to the rows.
         narrow, width = 2 if bf16 else 4, head.shape[1]
         at_once = rows_at_once(vocabulary, narrow, "cuda")
@@ -173,10 +187,11 @@ class StageCost:
         loss += head.nbytes * head.requires_grad + 8 * live * width
         # Two bytes per weight: the copies that autocast holds until the loss is made; without checkpointing they are kept.
         loss += (checkpointing and bf16) * sum(_linear_flops(self.student.parts()[part]) for part in train)
-        kept = functools.partial(self._kept, micro, checkpointing)
-        decoder, tower = model.config.text_config.num_hidden_layers, model.config.vision_config.num_hidden_layers
+        kept = functools.partial(self._kept, size, checkpointing)
+        decoder, seen = model.config.text_config.num_hidden_layers, model.config.vision_feature_layer
+        tower = range(model.config.vision_config.num_hidden_layers + 1)[seen]  # later layers keep nothing
         activations = kept(1, 1) + (decoder - 1) * (kept(2, 1) - kept(1, 1)) + (tower - 1) * (kept(1, 2) - kept(1, 1))
-        layer = self._kept(micro, False, 2, 1) - self._kept(micro, False, 1, 1) if checkpointing else 0
+        layer = self._kept(size, False, 2, 1) - self._kept(size, False, 1, 1) if checkpointing else 0
         standing = {
             "weights": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
             "teacher": self.teacher.model.num_parameters() * DTYPES[teacher_dtype].itemsize if self.teacher else 0,
@@ -184,7 +199,7 @@ class StageCost:
         }
         passing = activations + max(loss, layer)
         # Without accumulation gradients come while activations go, all but the layer that is made again.
-        accumulates = self.stage.global_batch_size > micro * self.gpus
+        accumulates = self.stage.global_batch_size > rows * self.gpus
         moving = gradients + passing if accumulates else max(gradients + layer, passing)
         moving += gradients * (self.gpus > 1)  # DDP's buckets
         parts = {"gradients": gradients, "activations": activations, "recomputed layer": layer, "loss": loss}
@@ -192,10 +207,13 @@ class StageCost:
 
     def _advice(self, now: tuple[int, bool, str], usable: float) -> str:
         """The settings with which the stage fits, written as overrides; empty where it fits as it is."""
-        smaller = [rows for rows in range(now[0], 0, -1) if now[0] % rows == 0]
+        kind, smaller = "micro_batch_size", [rows for rows in range(now[0], 0, -1) if now[0] % rows == 0]
+        if self.stage.max_tokens_per_batch:
+            least = max(self.recipe.data[name].max_length for name in self.stage.sources)
+            kind, smaller = "max_tokens_per_batch", [now[0] // packs for packs in range(1, max(2, now[0] // least + 1))]
         for new in itertools.product(dict.fromkeys([now[2], "bfloat16"]), dict.fromkeys([now[1], True]), smaller):
             if self.memory(*new[::-1])["peak"] <= usable:
-                keys = (f"stages.{self.stage.name}.micro_batch_size", "gradient_checkpointing", "teacher.dtype")
+                keys = (f"stages.{self.stage.name}.{kind}", "gradient_checkpointing", "teacher.dtype")
                 pairs = zip(keys, new[::-1], now, strict=True)
                 return " ".join(f"{key}={value}".lower() for key, value, old in pairs if value != old)
         return "a GPU with more memory: no setting of the recipe is enough"
@@ -206,9 +224,9 @@ class StageCost:
         return response * bool(losses.ce or losses.response_kl) + visual * bool(losses.visual_kl)
 
     @functools.cache  # noqa: B019 - lives as long as the plan is made
-    def _kept(self, rows: int, checkpointing: bool, text_layers: int, vision_layers: int) -> int:
-        """Bytes that autograd keeps of the real forward over `rows` longest rows, of a student cut to so many layers."""
-        thin, train, tokens = copy.deepcopy(self.student.model.config), self.stage.train, self.tokens
+    def _kept(self, size: int, checkpointing: bool, text_layers: int, vision_layers: int) -> int:
+        """Bytes that autograd keeps of the real forward over a micro-batch, of a student cut to so many layers."""
+        thin, train = copy.deepcopy(self.student.model.config), self.stage.train
         thin.text_config.num_hidden_layers, thin.vision_config.num_hidden_layers = text_layers, vision_layers
         thin.vision_feature_layer = -1
         student, vision, saved = outline(thin), thin.vision_config, list[ref[Tensor]]()
@@ -216,20 +234,21 @@ class StageCost:
         model = student.model.train()
 
         def note(tensor: Tensor) -> Tensor:
-            saved.append(ref(tensor))
-            return tensor
+            saved.append(ref(held := tensor.detach()))  # itself, an output would keep its own graph alive
+            return held
 
         with FakeTensorMode():
             model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype)).tie_weights()
             if checkpointing:  # named so from transformers 5.23
                 getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-            pictures, bf16 = rows * tokens.most_pictures, self.recipe.precision == "bf16"
-            visual = torch.empty(rows, tokens.longest, dtype=torch.bool)
+            (_, lines, length, pictures), bf16 = self._held(size), self.recipe.precision == "bf16"
+            visual = torch.empty(lines, length, dtype=torch.bool)
+            ids = visual.long()
             features = torch.empty(pictures, student.features_per_image, vision.hidden_size) if pictures else None
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16), saved_tensors_hooks(note, lambda tensor: tensor):
                 if pictures and "vision_tower" in train:
                     features = vision_features(model, torch.empty(pictures, 3, vision.image_size, vision.image_size))
-                hidden = final_hidden(model, visual.long(), visual.long(), visual, features)  # noqa: F841 - its graph
+                hidden = final_hidden(model, ids, ids, visual, features)  # noqa: F841 - its graph
         own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         kept = [tensor.untyped_storage() for one in saved if (tensor := one()) is not None]  # none of unused layers
         return sum({storage._cdata: storage.nbytes() for storage in kept if storage._cdata not in own}.values())
@@ -250,7 +269,7 @@ def _tokens(recipe: Recipe, name: str, per_picture: int, rows: int | None, text:
         tokenizer = load(AutoTokenizer, recipe.student.language_model, key="student.language_model")
         mark = tokenizer.get_vocab().get(IMAGE_TAG, len(tokenizer))
         lengths = {"tokens_per_image": per_picture, "max_length": data.max_length}
-        rendered = ChatRenderer(data.template, tokenizer, image_token_id=mark, **lengths).render_many(chosen)
+        rendered = [*map(ChatRenderer(data.template, tokenizer, image_token_id=mark, **lengths).render, chosen)]
         segments = np.bincount(np.concatenate([row.segments for row in rendered]), minlength=len(Segment))
         _, visual, prompt, response = (segments / len(rendered)).tolist()
         most = max(len(row.ids) for row in rendered), max(len(sample.images) for sample in chosen)
@@ -268,16 +287,16 @@ def _linear_flops(module: nn.Module) -> int:
     return 2 * sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d))
 
 
-def _forward_flops(model: VisionLanguageModel, visual: float, text: float) -> tuple[float, float, float, float]:
-    """Of a row of so many tokens: the tower, the decoder's matrices, its attention, and the projector."""
+def _forward_flops(model: VisionLanguageModel, visual: float, text: float, seen: float) -> tuple[float, ...]:
+    """Of a row of so many tokens, each beside `seen`: the tower, the decoder's matrices, its attention, the projector."""
     config, length, parts = model.model.config, visual + text, model.parts()
 
-    def attention(config: Any, length: float) -> float:
+    def attention(config: Any, length: float, seen: float) -> float:
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 4 * length**2 * width * config.num_attention_heads * config.num_hidden_layers
+        return 4 * length * seen * width * config.num_attention_heads * config.num_hidden_layers
 
     patches = model.features_per_image + (config.vision_feature_select_strategy == "default")
-    tower = patches * _linear_flops(parts["vision_tower"]) + attention(config.vision_config, patches)
+    tower = patches * _linear_flops(parts["vision_tower"]) + attention(config.vision_config, patches, patches)
     linear = length * _linear_flops(parts["language_model"])
     projector = visual * _linear_flops(parts["projector"])
-    return visual / model.tokens_per_image * tower, linear, attention(config.text_config, length), projector
+    return visual / model.tokens_per_image * tower, linear, attention(config.text_config, length, seen), projector

@@ -15,7 +15,7 @@ from llavakd.models.alignment import align
 from llavakd.models.student import VisionLanguageModel, outline_folder, outline_student
 from llavakd.progress import bar, say
 from llavakd.train.checkpoint import write_text
-from llavakd.train.loop import shard_of, total_steps
+from llavakd.train.loop import micro_batch_size, total_steps
 
 _TRIED = 2000  # rows of a source that are rendered before a run starts
 
@@ -52,7 +52,7 @@ def check_before_training(recipe: Recipe, samples: Mapping[str, Samples], proces
     """The check that takes seconds: batches, the pair, whether a spread of every source's rows renders; UserError."""
     for stage in recipe.stages:
         total_steps(sum(round(weight * len(samples[name])) for name, weight in stage.sources.items()), stage)
-        shard_of(stage, rank=0, world_size=processes)
+        micro_batch_size(stage, processes=processes)
     student, *_ = readers_of(recipe)
     for name in dict.fromkeys(name for stage in recipe.stages for name in stage.sources):
         for mistake in samples[name].mistakes:

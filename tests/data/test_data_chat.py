@@ -208,10 +208,14 @@ def test_rows_rendered_together_are_the_rows_rendered_alone(tokenizer, template)
     samples = [sample(*rounds) for rounds in ROUNDS.values()]
     alone = [chat.render(one) for one in samples]
     assert len({len(row.ids) for row in alone}) > 1
-    assert chat.render_many(samples) == alone
+    assert chat.render_each(samples) == alone
     bad = dataclasses.replace(sample((0, "q", "<image>")), id="row-bad")
+    found = chat.render_each([*samples, bad, *samples])
+    assert [row for row in found if not isinstance(row, DataError)] == alone * 2
     with pytest.raises(DataError, match="'row-bad'"):
-        chat.render_many([*samples, bad, *samples])
+        raise found[len(samples)]
+    with pytest.raises(DataError, match="'row-bad'"):
+        chat.render(bad)
 
 
 def messages(rounds, *, as_text: bool) -> list[dict]:

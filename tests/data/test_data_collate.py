@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, SiglipImageProcessorPil
 import llavakd
 from llavakd.config import DataConfig
 from llavakd.data.chat import IGNORE_INDEX, ChatRenderer, Rendered, Segment
-from llavakd.data.collate import Row, RowDataset, Source, collate
+from llavakd.data.collate import Row, RowDataset, Source, collate, collate_step
 from llavakd.data.pictures import FeatureStore, load_pixels, save_features
 from llavakd.data.samples import Sample, Turn
 
@@ -201,7 +201,7 @@ def test_rows_of_several_sources_come_in_the_order_asked_each_in_its_own_form(re
     rows = RowDataset(sources, image_processor=processor)
     got = rows.__getitems__([5, 0, 4, 2])
     assert [row.id for row in got] == ["two", "one", "none", "two"]
-    wanted = [*other.render_many(SAMPLES[2:]), *renderer.render_many(SAMPLES[:1]), *other.render_many(SAMPLES[1:2])]
+    wanted = [other.render(SAMPLES[2]), renderer.render(SAMPLES[0]), other.render(SAMPLES[1])]
     assert [row.text for row in got[:3]] == wanted
 
 
@@ -220,3 +220,63 @@ def test_a_bad_row_is_told_apart_from_its_neighbours(renderer, folder, processor
     assert batch.image_rows.tolist() == [0, 2, 2]
     assert (batch.labels[1] == IGNORE_INDEX).all()
     assert batch.attention_mask[1].sum() == 1
+
+
+def test_without_a_limit_of_tokens_rows_are_one_padded_batch():
+    rows = [row(*r) for r in ROWS]
+    (batch,) = collate_step(rows, pad_token_id=END, max_tokens=None)
+    alone = collate(rows, pad_token_id=END)
+    assert vars(batch).keys() == vars(alone).keys()
+    for name, value in vars(alone).items():
+        assert torch.equal(getattr(batch, name), value) if isinstance(value, torch.Tensor) else True, name
+    assert batch.position_ids is None
+
+
+LENGTHS = [(2, 5), (0, 9), (1, 3), (0, 1), (3, 20), (0, 2), (1, 11), (0, 7), (2, 4), (0, 13)]  # pictures, tokens
+MANY = [(f"r{index}", *shape) for index, shape in enumerate(LENGTHS)]
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["pixels", "features"])
+@pytest.mark.parametrize("limit", [20, 24, 40, 75, 1000])
+def test_packs_hold_every_row_whole_once_one_behind_the_other(limit, cached):
+    """Row for row what the padded batch holds: its tokens, labels, segments and pictures, positions from 0 again."""
+    whole = {r[0]: row(*r, cached=cached, truncated=r[0] == "r4") for r in MANY}
+    packs = collate_step([*whole.values()], pad_token_id=77, max_tokens=limit)
+    assert sorted(name for pack in packs for name in pack.sample_ids) == sorted(whole)
+    assert sum(pack.truncated for pack in packs) == 1
+    for pack in packs:
+        rows = [whole[name] for name in pack.sample_ids]
+        length = sum(len(one.text.ids) for one in rows)
+        assert length <= limit
+        for part, name in (("ids", "input_ids"), ("labels", "labels"), ("segments", "segments")):
+            joined = [value for one in rows for value in getattr(one.text, part)]
+            assert getattr(pack, name).tolist() == [joined], name
+        assert pack.attention_mask.tolist() == [[1] * length]
+        assert pack.position_ids.tolist() == [[place for one in rows for place in range(len(one.text.ids))]]
+        dtypes = [pack.input_ids.dtype, pack.labels.dtype, pack.segments.dtype, pack.position_ids.dtype]
+        assert dtypes == [torch.int64, torch.int64, torch.uint8, torch.int64]
+        held = [one.features if cached else one.pixels for one in rows]
+        assert pack.image_rows.tolist() == [number for number, one in enumerate(held) if one is not None for _ in one]
+        got = pack.features if cached else pack.pixel_values
+        assert (got is None) == all(one is None for one in held)
+        assert got is None or torch.equal(got, torch.cat([one for one in held if one is not None]))
+
+
+@pytest.mark.parametrize("limit", [20, 24, 40, 60])
+def test_no_row_of_a_later_pack_would_have_fitted_into_an_earlier_one(limit):
+    packs = collate_step([row(*r) for r in MANY], pad_token_id=END, max_tokens=limit)
+    lengths = [torch.bincount((pack.position_ids[0] == 0).cumsum(0) - 1).tolist() for pack in packs]
+    for number, later in enumerate(lengths):
+        assert all(sum(earlier) + min(later) > limit for earlier in lengths[:number])
+    assert len(packs) > 1
+
+
+def test_a_row_that_was_left_out_stands_in_its_pack_as_one_token(folder, renderer, processor):
+    samples = [SAMPLES[0], conversation("lost", "green.png"), SAMPLES[2]]
+    rows = dataset(samples, renderer, folder, processor).__getitems__([0, 1, 2])
+    (pack,) = collate_step(rows, pad_token_id=END, max_tokens=200)
+    assert "'lost' left out" in "".join(pack.mistakes)
+    assert pack.sample_ids == ("two", "one", "lost")  # longest first
+    assert pack.image_rows.tolist() == [0, 0, 1]
+    assert pack.labels[0, -1] == IGNORE_INDEX
+    assert pack.position_ids[0, -1] == 0

@@ -47,15 +47,19 @@ def torchrun(recipe, out):
     return process.wait(), err
 
 
-def test_two_processes_equal_one_in_every_part_of_the_loss_and_every_weight(tiny, command, tmp_path):
+@pytest.mark.parametrize("dealt", ["rows", "packs"])
+def test_two_processes_equal_one_in_every_part_of_the_loss_and_every_weight(tiny, command, tmp_path, dealt):
+    """One process at once, two in micro-batches of one row, or in packs, of which they have unequally many."""
     tree = mixed_tree(tiny)
+    tree["data"]["mixed"]["max_length"] = 200
     alone = command("train", tiny.recipe(tmp_path / "alone.yaml", tree), "--out", tmp_path / "alone")
     assert alone.code == 0, alone.err
     for stage in tree["stages"]:
-        stage["micro_batch_size"] = 1
+        stage |= {"micro_batch_size": 1} if dealt == "rows" else {"max_tokens_per_batch": 200}
     code, err = torchrun(tiny.recipe(tmp_path / "together.yaml", tree), tmp_path / "together")
     assert code == 0, err
-    assert err.count("4 steps of 8 rows = 2 processes x 1 rows x 4 accumulated") == 3
+    share = "1 rows x 4 accumulated" if dealt == "rows" else "4 rows in packs of up to 200 tokens"
+    assert err.count(f"4 steps of 8 rows = 2 processes x {share}") == 3
     for stage in ("dpt", "sft", "dft"):
         lines, other_lines = (
             [json.loads(line) for line in (tmp_path / run / stage / "metrics.jsonl").read_text().splitlines()]

@@ -57,6 +57,20 @@ def test_eight_accumulated_rows_equal_eight_rows_at_once(tiny, train, reduction)
         assert_same_training(whole, split)
 
 
+@pytest.mark.parametrize("reduction", ["sample", "token"])
+def test_packed_rows_equal_padded_ones(tiny, train, reduction):
+    """Through files, workers and the command line; a pack is no longer than it may be."""
+    tree = dft_on_mixed_rows(tiny, reduction=reduction)
+    tree["data"]["mixed"]["max_length"] = 200
+    whole = train("padded", tree)
+    tree["stages"][0]["max_tokens_per_batch"] = 200
+    packed = train("packed", tree | {"workers": 2})
+    assert "1 processes x 8 rows in packs of up to 200 tokens" in packed[2]
+    assert_same_training(whole, packed)
+    cached = train("cached", tree | {"cache_features": True})
+    assert_same_training(whole, cached)
+
+
 def test_the_two_reductions_are_not_the_same_training(tiny, train):
     """Otherwise the equalities above would say less than they seem to."""
     sample, token = (train(name, dft_on_mixed_rows(tiny, reduction=name)) for name in ("sample", "token"))

@@ -192,6 +192,38 @@ def test_padding_on_the_right_changes_nothing_whatever_it_holds(reduction):
     assert torch.equal(grads[1], want[1])
 
 
+def packed(problem: Problem) -> tuple[Problem, torch.Tensor]:
+    """The rows of a problem one behind the other without their padding, and the positions of each from 0."""
+    places = [(row, place) for row, (_, _, length) in enumerate(LAYOUT) for place in range(length)]
+    rows, positions = torch.tensor(places).T
+    lines = {
+        name: getattr(problem, name).detach()[rows, positions][None].clone()
+        for name in ("student_hidden", "teacher_hidden", "labels", "visual")
+    }
+    pack = dataclasses.replace(problem, **lines)
+    pack.student_hidden.requires_grad_(True)
+    return pack, positions[None]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("losses", [PAPER, UNEVEN, *ONLY.values()], ids=["paper", "uneven", *ONLY])
+def test_packed_rows_are_counted_and_judged_as_padded_ones(losses, reduction):
+    problem = make_problem()
+    problem.labels[:, 0] = 7  # nothing before a row's first position may predict it, least of all another row
+    pack, positions = packed(problem)
+    counts = count(pack.labels, pack.visual, pack.image_rows, positions)
+    assert counts == counts_of(problem)
+    assert counts.samples == 3
+    wanted = run(problem, losses, reduction)
+    got = run(pack, losses, reduction, counts, position_ids=positions)
+    assert_near(got.total, wanted.total)
+    for part, value in wanted.parts.items():
+        assert_near(got.parts[part], value, what=part)
+    (hidden, head), (packed_hidden, packed_head) = gradients(wanted, problem), gradients(got, pack)
+    assert_near(packed_head, head)
+    assert_near(packed_hidden[0], torch.cat([hidden[row, :length] for row, (_, _, length) in enumerate(LAYOUT)]))
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_only_segments_with_a_loss_get_a_gradient(reduction):
     problem = make_problem()

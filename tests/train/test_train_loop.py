@@ -15,16 +15,17 @@ from llavakd.data.samples import load_samples
 from llavakd.models.student import build_student
 from llavakd.progress import Interrupted
 from llavakd.train import loop
-from llavakd.train.optim import build_optimizer
-from llavakd.train.step import StudentModule, TrainState
+from llavakd.train.step import StudentModule, TrainState, build_optimizer
 
 
 @pytest.fixture
 def start_stage(request, tiny, tmp_path):
     """A function that begins or goes on with a stage of four steps in one folder, as a new process would."""
     tree = tiny.tree()
-    tree["stages"] = [tree["stages"][1] | {"data": "mixed", "epochs": 1, "micro_batch_size": 1}]
-    tree["workers"] = getattr(request, "param", 0)
+    changes = {"workers": 0, "micro_batch_size": 1} | getattr(request, "param", {})
+    tree["workers"] = changes.pop("workers")
+    tree["stages"] = [tree["stages"][1] | {"data": "mixed", "epochs": 1} | changes]
+    tree["data"]["mixed"]["max_length"] = 160
     recipe = parse_recipe(tree)
     (stage,) = recipe.stages
     student_config = StudentConfig(
@@ -76,7 +77,7 @@ def test_a_signal_stops_the_stage_after_its_step_and_the_next_start_goes_on(monk
     assert progress.counted["tokens"] == sum(tokens)
 
 
-@pytest.mark.parametrize("start_stage", [2], indirect=True)
+@pytest.mark.parametrize("start_stage", [{"workers": 2}], indirect=True)
 def test_readers_in_other_processes_outlive_the_ctrl_c_that_reaches_them_too(monkeypatch, start_stage):
     def step_after_signal(state, batches, *, step):
         if step == 0:  # rows of the later steps are not read yet
@@ -89,6 +90,27 @@ def test_readers_in_other_processes_outlive_the_ctrl_c_that_reaches_them_too(mon
     train_step = loop.train_step
     monkeypatch.setattr(loop, "train_step", step_after_signal)
     assert start_stage().step == 4
+
+
+@pytest.mark.parametrize(
+    "start_stage", [{"micro_batch_size": None, "max_tokens_per_batch": 160, "workers": 2}], indirect=True
+)
+def test_a_packed_stage_works_on_packs_of_all_rows_of_a_step(monkeypatch, start_stage):
+    def step_on_packs(state, batches, *, step):
+        assert 1 < len(batches) < 8
+        for batch in batches:
+            assert batch.input_ids.shape == batch.position_ids.shape
+            assert len(batch.input_ids) == 1
+            assert batch.input_ids.shape[1] <= 160
+        rows = [name for batch in batches for name in batch.sample_ids]
+        assert len(rows) == 8
+        seen.extend(rows)
+        return train_step(state, batches, step=step)
+
+    train_step, seen = loop.train_step, []
+    monkeypatch.setattr(loop, "train_step", step_on_packs)
+    assert start_stage().step == 4
+    assert len(set(seen)) == 32
 
 
 def test_a_finished_stage_takes_no_further_step(monkeypatch, start_stage):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from llavakd.config import LossConfig, StageConfig
-from llavakd.train.optim import build_optimizer, learning_rate, set_learning_rate
+from llavakd.train.step import build_optimizer, learning_rate, set_learning_rate
 
 
 def stage(**changes) -> StageConfig:

@@ -9,15 +9,14 @@ from accelerate.state import AcceleratorState
 
 from llavakd.config import DataConfig, LossConfig, StageConfig, StudentConfig, TeacherConfig
 from llavakd.data.chat import Segment
-from llavakd.data.collate import RowDataset, Source, collate
+from llavakd.data.collate import RowDataset, Source, collate, collate_step
 from llavakd.data.samples import load_samples
 from llavakd.errors import UserError
 from llavakd.losses import Counts
 from llavakd.models.alignment import align
-from llavakd.models.student import build_student, load_teacher
-from llavakd.train.loop import shard_of, total_steps
-from llavakd.train.optim import build_optimizer
-from llavakd.train.step import NonFiniteError, StudentModule, TrainState, train_step
+from llavakd.models.student import build_student, load_teacher, vision_features
+from llavakd.train.loop import micro_batch_size, total_steps
+from llavakd.train.step import NonFiniteError, StudentModule, TrainState, build_optimizer, train_step
 
 STAGE = StageConfig(
     name="dft",
@@ -149,6 +148,87 @@ def test_the_parts_equal_the_papers_formulas_on_the_logits_of_stock_models(state
     assert {name: float(value) for name, value in parts.items()} == pytest.approx(expected, rel=1e-4)
 
 
+def gradients_of(state, batches):
+    """A step's result and the gradient of everything that learns, before clipping; nothing moves."""
+    frozen = build_optimizer(state.module, dataclasses.replace(STAGE, learning_rate=0.0))
+    grads = {}
+
+    def note(*_):
+        grads.update({n: p.grad.double().clone() for n, p in state.module.named_parameters() if p.grad is not None})
+
+    frozen.register_step_pre_hook(note)
+    stage = dataclasses.replace(state.stage, max_grad_norm=1e9)
+    return train_step(dataclasses.replace(state, optimizer=frozen, stage=stage), batches, step=0), grads
+
+
+def assert_same_step(one, other):
+    (result, grads), (other_result, other_grads) = one, other
+    assert result.counted == other_result.counted
+    for name, value in {"loss": result.loss, "norm": result.grad_norm, **result.parts}.items():
+        wanted = {"loss": other_result.loss, "norm": other_result.grad_norm, **other_result.parts}[name]
+        assert float(value) == pytest.approx(float(wanted), rel=2e-6), name
+    idle = {name for name in grads.keys() ^ other_grads.keys() if not grads.get(name, other_grads.get(name)).any()}
+    assert grads.keys() - idle == other_grads.keys() - idle  # past the selected layer: a gradient of zeros, or none
+    for name in grads.keys() - idle:
+        grad = other_grads[name]
+        scale = max(float(grad.abs().max()), 1e-4 * float(other_result.grad_norm))
+        assert float((grads[name] - grad).abs().max()) < 2e-5 * scale, name
+
+
+PACKED = {
+    "one row each": (1, {}),
+    "a few rows each": (400, {}),
+    "all in one": (10_000, {}),
+    "by tokens": (300, {"reduction": "token"}),
+    "made again": (300, {}),
+    "a tower that learns": (300, {"train": ("vision_tower", "projector", "language_model")}),
+    "cross-entropy alone": (300, {"losses": LossConfig(ce=1.0)}),
+    "a projector alone": (300, {"train": ("projector",)}),
+    "cached features": (300, {}),
+}
+
+
+@pytest.mark.parametrize(
+    ("state", "case"),
+    [*(("shared tower", case) for case in PACKED), *(("pixels of their own", case) for case in list(PACKED)[:3])],
+    indirect=["state"],
+)
+def test_packs_give_the_parts_and_gradients_of_a_padded_batch(state, tiny, case):
+    """Of 32 ragged rows with no, one and two pictures, one of which is left out."""
+    tokens, changes = PACKED[case]
+    stage = dataclasses.replace(STAGE, **changes)
+    state.student.train_only(stage.train)
+    if case == "made again":
+        state.student.model.train().gradient_checkpointing_enable()
+    module = StudentModule(state.student, stage, state.pair.vocab_size)
+    state = dataclasses.replace(state, module=module, stage=stage)
+    data = DataConfig(path=str(tiny.mixed), images=str(tiny.world / "images"), template="chatml", max_length=400)
+    samples = list(load_samples(data))
+    samples[7] = dataclasses.replace(samples[7], images=("gone.png",) * len(samples[7].images or "x"))
+    own = None if state.pair.shared_pixels else state.teacher.image_processor
+    source = Source(samples=samples, renderer=state.student.renderer(data), data=data)
+    rows = RowDataset([source], image_processor=state.student.image_processor, teacher_processor=own)
+    rows = rows.__getitems__(range(len(rows)))
+    if case == "cached features":
+        rows = [
+            row if row.pixels is None
+            else dataclasses.replace(row, pixels=None, features=vision_features(state.student.model, row.pixels).detach())
+            for row in rows
+        ]  # fmt: skip
+    (padded,) = collate_step(rows, pad_token_id=0, max_tokens=None)
+    packs = collate_step(rows, pad_token_id=0, max_tokens=max(tokens, padded.input_ids.shape[1]))
+    if tokens == 1:
+        packs = [pack for row in rows for pack in collate_step([row], pad_token_id=0, max_tokens=400)]
+    assert (len(packs) == 1) == (tokens == 10_000)
+    assert padded.attention_mask.sum(1).unique().numel() > 10, "ragged"
+    assert len(padded.mistakes) == 1
+    wanted = gradients_of(state, [padded])
+    assert len(wanted[1]) > (2 if stage.train == ("projector",) else 20)
+    assert_same_step(gradients_of(state, packs), wanted)
+    if tokens == 300:
+        assert_same_step(gradients_of(state, packs[::-1]), wanted)
+
+
 def test_the_reported_norm_is_the_gradient_before_clipping_and_clipping_holds(state, tiny):
     batch = batch_of(tiny, state.student, pictures={1})
     tight = dataclasses.replace(state, stage=dataclasses.replace(STAGE, max_grad_norm=1e-3))
@@ -218,7 +298,7 @@ def test_a_stage_has_whole_global_batches_only_and_at_least_one():
 
 def test_a_global_batch_that_does_not_divide_over_processes_is_refused():
     stage = dataclasses.replace(STAGE, global_batch_size=12, micro_batch_size=3)
-    assert shard_of(stage, rank=1, world_size=2).micro_batch_size == 3
-    assert shard_of(dataclasses.replace(stage, micro_batch_size=None), rank=0, world_size=4).micro_batch_size == 3
+    assert micro_batch_size(stage, processes=2) == 3
+    assert micro_batch_size(dataclasses.replace(stage, micro_batch_size=None), processes=4) == 3
     with pytest.raises(UserError, match=r"stage dft: global_batch_size 12 .* 8 processes x micro_batch_size 3"):
-        shard_of(stage, rank=0, world_size=8)
+        micro_batch_size(stage, processes=8)

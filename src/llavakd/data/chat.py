@@ -80,16 +80,10 @@ class ChatRenderer:
         Raises:
             DataError: nothing to supervise, a cut through a picture, or a picture tag inside an answer.
         """
-        return self.render_many([sample])[0]
-
-    def render_many(self, samples: Sequence[Sample]) -> list[Rendered]:
-        """`render` for several rows."""
-        rows = []
-        for row in self.render_each(samples):
-            if isinstance(row, DataError):
-                raise row
-            rows.append(row)
-        return rows
+        (row,) = self.render_each([sample])
+        if isinstance(row, DataError):
+            raise row
+        return row
 
     def render_each(self, samples: Sequence[Sample]) -> list[Rendered | DataError]:
         """What becomes of each row, with one call of the tokenizer, which is what costs."""

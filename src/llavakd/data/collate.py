@@ -1,4 +1,4 @@
-"""Rows -> a padded `Batch`."""
+"""Rows -> a `Batch`, padded or packed."""
 
 import dataclasses
 import functools
@@ -21,13 +21,15 @@ from llavakd.data.samples import Sample, word_lengths
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """B rows padded on the right to T positions, and the P pictures in them, row by row and in order.
+    """B rows padded on the right to T positions, or one pack of rows behind each other (B = 1), and their P pictures.
 
     input_ids, attention_mask, labels: int64 [B, T]; labels[b, t] belongs to token t itself (unshifted), -100: none.
     segments: uint8 [B, T], a Segment each.
+    image_rows: int64 [P], the row of each picture, in order.
     pixel_values: float32 [P, 3, H, W], or None without pictures or with cached features.
     features: the frozen tower's output [P, N, D_v], or None.
     teacher_pixel_values: the same pictures through the teacher's own processor, or None where it shares the student's.
+    position_ids: int64 [1, T] of a pack, from 0 in each of its rows; None where rows are padded.
     """
 
     input_ids: Tensor
@@ -38,6 +40,7 @@ class Batch:
     pixel_values: Tensor | None = None
     features: Tensor | None = None
     teacher_pixel_values: Tensor | None = None
+    position_ids: Tensor | None = None
     sample_ids: tuple[str, ...] = ()
     truncated: int = 0
     mistakes: tuple[str, ...] = ()
@@ -133,28 +136,42 @@ def _drawn(rows: int, weight: float, seed: int) -> np.ndarray:
     return np.concatenate([np.tile(np.arange(rows), times), part])
 
 
-def collate(rows: Sequence[Row], *, pad_token_id: int) -> Batch:
-    """Pad on the right; padding is made from lengths, so a pad id equal to the end token loses nothing."""
+def collate_step(rows: Sequence[Row], *, pad_token_id: int, max_tokens: int | None) -> list[Batch]:
+    """One padded batch, or packs of at most `max_tokens`: the longest row first, each to the first that has room."""
+    if max_tokens is None:
+        return [collate(rows, pad_token_id=pad_token_id)]
+    packs: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: -len(row.text.ids)):
+        fitting = (pack for pack in packs if sum(len(one.text.ids) for one in [*pack, row]) <= max_tokens)
+        if (pack := next(fitting, None)) is None:
+            packs.append(pack := [])
+        pack.append(row)
+    return [collate(pack, pad_token_id=pad_token_id, packed=True) for pack in packs]
 
-    def padded(part: str, fill: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        lists = [torch.tensor(getattr(row.text, part), dtype=dtype) for row in rows]
-        return pad_sequence(lists, batch_first=True, padding_value=fill)
+
+def collate(rows: Sequence[Row], *, pad_token_id: int, packed: bool = False) -> Batch:
+    """Pad on the right; padding is made from lengths, so a pad id equal to the end token loses nothing. Or pack."""
+
+    def laid(lists: Sequence[Sequence[int]], fill: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        lines = [torch.tensor(values, dtype=dtype) for values in lists]
+        return torch.cat(lines)[None] if packed else pad_sequence(lines, batch_first=True, padding_value=fill)
 
     def joined(part: str) -> Tensor | None:
         held = [getattr(row, part) for row in rows if getattr(row, part) is not None]
         return torch.cat(held) if held else None
 
-    segments = padded("segments", Segment.PADDING, torch.uint8)
+    segments = laid([row.text.segments for row in rows], Segment.PADDING, torch.uint8)
     owners = [i for i, row in enumerate(rows) for held in (row.pixels, row.features) if held is not None for _ in held]
     return Batch(
-        input_ids=padded("ids", pad_token_id),
+        input_ids=laid([row.text.ids for row in rows], pad_token_id),
         attention_mask=(segments != Segment.PADDING).long(),
-        labels=padded("labels", IGNORE_INDEX),
+        labels=laid([row.text.labels for row in rows], IGNORE_INDEX),
         segments=segments,
         image_rows=torch.tensor(owners, dtype=torch.int64),
         pixel_values=joined("pixels"),
         features=joined("features"),
         teacher_pixel_values=joined("teacher_pixels"),
+        position_ids=laid([range(len(row.text.ids)) for row in rows], 0) if packed else None,
         sample_ids=tuple(row.id for row in rows),
         truncated=sum(row.text.truncated for row in rows),
         mistakes=tuple(row.mistake for row in rows if row.mistake),

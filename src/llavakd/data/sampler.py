@@ -1,7 +1,6 @@
 """Which rows make which step: global batches that do not depend on the number of processes or the micro-batch."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -42,26 +41,17 @@ def _longest_first(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return rows[np.argsort(-np.abs(lengths[rows]), kind="stable")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """This process's part of every global batch."""
-
-    rank: int
-    world_size: int
-    micro_batch_size: int
-
-    def deal(self, batch: np.ndarray) -> list[list[int]]:
-        """Micro-batches of this rank: neighbours in length share one, and ranks work on like lengths at a time."""
-        parts = batch.reshape(-1, self.world_size, self.micro_batch_size)
-        return [part[self.rank].tolist() for part in parts]
-
-
 def micro_batches(
-    lengths: np.ndarray, *, global_batch_size: int, shard: Shard, start: int, steps: int, **order: Any
+    lengths: np.ndarray, *, micro_batch_size: int, rank: int, world_size: int, start: int, steps: int, **order: Any
 ) -> Iterator[list[int]]:
-    """Row indices of this rank's micro-batches from step `start` to the last, across epochs; `order` as plan_epoch."""
+    """Row indices of a rank's micro-batches from step `start` to the last, across epochs; `order` as of `plan_epoch`.
+
+    Rows are dealt to the ranks to and fro, so that at any time and over a step all work on like lengths.
+    """
     for step in range(start, steps):
-        epoch, number = divmod(step, len(lengths) // global_batch_size)
+        epoch, number = divmod(step, len(lengths) // order["global_batch_size"])
         if number == 0 or step == start:
-            batches = plan_epoch(lengths, global_batch_size=global_batch_size, **order, epoch=epoch)
-        yield from shard.deal(batches[number])
+            batches = plan_epoch(lengths, **order, epoch=epoch)
+        turns = batches[number].reshape(-1, world_size)
+        turns[1::2] = turns[1::2, ::-1]
+        yield from turns[:, rank].reshape(-1, micro_batch_size).tolist()

@@ -26,9 +26,10 @@ class Objective(NamedTuple):
     parts: dict[str, Tensor]
 
 
-def count(labels: Tensor, visual: Tensor, image_rows: Tensor) -> Counts:
-    """Count one micro-batch (CPU tensors): labels [B, T], visual bool [B, T], image_rows [P]."""
-    return Counts(len(labels), int((labels[:, 1:] != IGNORE_INDEX).sum()), int(visual.sum()), len(image_rows))
+def count(labels: Tensor, visual: Tensor, image_rows: Tensor, position_ids: Tensor | None = None) -> Counts:
+    """Count one micro-batch (CPU tensors), given as to `objective`."""
+    rows, supervised = _places(labels, position_ids)
+    return Counts(int(rows.max()) + 1, int(supervised.sum()), int(visual.sum()), len(image_rows))
 
 
 def objective(
@@ -43,6 +44,7 @@ def objective(
     losses: LossConfig,
     reduction: str,
     counts: Counts,
+    position_ids: Tensor | None = None,
     vocab_size: int | None = None,
 ) -> Objective:
     """This micro-batch's share of ce + a response_kl + b visual_kl + c relation (LLaVA-KD, section 3).
@@ -62,14 +64,17 @@ def objective(
         losses: weights and kind of divergence.
         reduction: "sample" or "token".
         counts: of the whole global batch.
+        position_ids: int64 [1, T] of a pack, from 0 in each of its rows; None where each line of B is one row.
         vocab_size: ids shared with the teacher.
     """
-    response, seen = (labels[:, 1:] != IGNORE_INDEX).nonzero(), visual.nonzero()  # (row, position that predicts)
-    response_weight = _weights(response[:, 0], reduction, counts.samples, counts.response_tokens)
-    visual_weight = _weights(seen[:, 0], reduction, counts.samples, counts.visual_tokens)
+    rows, supervised = _places(labels, position_ids)
+    response, seen = supervised.nonzero(), visual.nonzero()  # (line, position that predicts)
     places = torch.cat([response, seen])
     flat = places[:, 0] * labels.shape[1] + places[:, 1]
-    rows = distill_rows(
+    owners = rows.flatten()[flat]
+    response_weight = _weights(owners[: len(response)], reduction, counts.samples, counts.response_tokens)
+    visual_weight = _weights(owners[len(response) :], reduction, counts.samples, counts.visual_tokens)
+    scored = distill_rows(
         student_hidden.flatten(0, 1)[flat],
         student_head,
         None if teacher_hidden is None else teacher_hidden.flatten(0, 1)[flat],
@@ -93,13 +98,21 @@ def objective(
             relation = relation / torch.bincount(image_rows)[image_rows]
         relation = relation.sum() / (counts.samples if reduction == "sample" else counts.images)
     parts = {
-        "ce": (rows.ce_rows[: len(response)] * response_weight).sum(),
-        "response_kl": (rows.kl_rows[: len(response)] * response_weight).sum(),
-        "visual_kl": (rows.kl_rows[len(response) :] * visual_weight).sum(),
+        "ce": (scored.ce_rows[: len(response)] * response_weight).sum(),
+        "response_kl": (scored.kl_rows[: len(response)] * response_weight).sum(),
+        "visual_kl": (scored.kl_rows[len(response) :] * visual_weight).sum(),
         "relation": relation.detach(),
     }
-    total = rows.ce + rows.kl + losses.relation * relation
+    total = scored.ce + scored.kl + losses.relation * relation
     return Objective(total, {name: value for name, value in parts.items() if losses.weights[name]})
+
+
+def _places(labels: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The row of each position, [B, T], and which positions predict a label, of their own row: bool [B, T - 1]."""
+    if position_ids is None:
+        position_ids = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
+    rows = (position_ids == 0).flatten().cumsum(0).view_as(labels) - 1
+    return rows, (labels[:, 1:] != IGNORE_INDEX) & (position_ids[:, 1:] != 0)
 
 
 def _weights(rows: Tensor, reduction: str, samples: int, tokens: int) -> Tensor:

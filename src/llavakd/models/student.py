@@ -208,6 +208,7 @@ def final_hidden(
     attention_mask: Tensor,
     visual: Tensor,
     features: Tensor | None,
+    position_ids: Tensor | None = None,
 ) -> Tensor:
     """Final hidden states [B, T, D], after the last norm: what `lm_head` turns into logits.
 
@@ -217,10 +218,13 @@ def final_hidden(
         attention_mask: int64 [B, T].
         visual: bool [B, T], True at the P * N picture positions, pictures in row-major order.
         features: [P, N, D_v] from `vision_features`, or None without pictures.
+        position_ids: int64 [1, T] of a pack, from 0 in each of its rows, which then do not see one another.
     """
     # The id at a picture position is only a mark; it may lie outside this model's vocabulary.
     embedded = model.get_input_embeddings()(input_ids.masked_fill(visual, 0))
     if features is not None:
         projected = model.model.multi_modal_projector(features.to(embedded.dtype)).to(embedded.dtype)
         embedded = embedded.masked_scatter(visual.unsqueeze(-1), projected)
-    return model.model(inputs_embeds=embedded, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    # Without a mask stock models make one from the positions: of blocks, one a row.
+    seen = {"attention_mask": attention_mask} if position_ids is None else {"position_ids": position_ids}
+    return model.model(inputs_embeds=embedded, **seen, use_cache=False).last_hidden_state

@@ -16,14 +16,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from llavakd.config import Recipe, StageConfig
-from llavakd.data.collate import Batch, RowDataset, collate
-from llavakd.data.sampler import Shard, micro_batches
+from llavakd.data.collate import Batch, RowDataset, collate_step
+from llavakd.data.sampler import micro_batches
 from llavakd.data.samples import too_many
 from llavakd.errors import UserError
 from llavakd.progress import Interrupted, bar, say
 from llavakd.train.checkpoint import load_checkpoint, newest_whole, prune, save_checkpoint, write_text
-from llavakd.train.optim import learning_rate, set_learning_rate
-from llavakd.train.step import StepResult, TrainState, train_step
+from llavakd.train.step import StepResult, TrainState, learning_rate, set_learning_rate, train_step
 
 
 @dataclass
@@ -46,15 +45,15 @@ def total_steps(rows: int, stage: StageConfig) -> int:
     return max(1, round(per_epoch * stage.epochs))
 
 
-def shard_of(stage: StageConfig, *, rank: int, world_size: int) -> Shard:
-    """This process's share of a global batch; raises UserError where it does not divide."""
-    micro = stage.micro_batch_size or max(1, stage.global_batch_size // world_size)
-    if stage.global_batch_size % (micro * world_size):
+def micro_batch_size(stage: StageConfig, *, processes: int) -> int:
+    """Rows that a process holds at once, all of its share where they are packed; UserError where that does not divide."""
+    micro = stage.micro_batch_size or max(1, stage.global_batch_size // processes)
+    if stage.global_batch_size % (micro * processes):
         raise UserError(
-            f"stage {stage.name}: global_batch_size {stage.global_batch_size} is not a multiple of {world_size} "
+            f"stage {stage.name}: global_batch_size {stage.global_batch_size} is not a multiple of {processes} "
             f"processes x micro_batch_size {micro}; change one of them"
         )
-    return Shard(rank=rank, world_size=world_size, micro_batch_size=micro)
+    return micro
 
 
 def run_stage(state: TrainState, dataset: RowDataset, recipe: Recipe, folder: Path) -> Progress:
@@ -64,25 +63,27 @@ def run_stage(state: TrainState, dataset: RowDataset, recipe: Recipe, folder: Pa
     learning: dict[str, Any] = {"module": accelerator.unwrap_model(state.module), "optimizer": state.optimizer}
     found = newest_whole(checkpoints)
     progress = Progress(**load_checkpoint(found, **learning)) if found else Progress()
-    shard = shard_of(stage, rank=accelerator.process_index, world_size=accelerator.num_processes)
-    accumulation = stage.global_batch_size // (shard.micro_batch_size * shard.world_size)
+    processes, packed = accelerator.num_processes, stage.max_tokens_per_batch
+    micro = micro_batch_size(stage, processes=processes)
+    accumulation = stage.global_batch_size // (micro * processes)
     if main:
         say(
-            f"stage {stage.name}: {steps} steps of {stage.global_batch_size} rows = {shard.world_size} processes x "
-            f"{shard.micro_batch_size} rows x {accumulation} accumulated; {len(dataset)} rows, "
-            f"{len(dataset) % stage.global_batch_size} left out of each epoch"
+            f"stage {stage.name}: {steps} steps of {stage.global_batch_size} rows = {processes} processes x {micro} rows "
+            + (f"in packs of up to {packed} tokens" if packed else f"x {accumulation} accumulated")
+            + f"; {len(dataset)} rows, {len(dataset) % stage.global_batch_size} left out of each epoch"
             + (f"; resuming after step {progress.step}" if progress.step else "")
         )
         _drop_later_metrics(folder / "metrics.jsonl", progress.step)
     order: dict[str, Any] = {"global_batch_size": stage.global_batch_size, "grouping": stage.grouping}
-    order |= {"seed": recipe.seed, "shard": shard, "start": progress.step, "steps": steps}
-    batches = _batches(dataset, micro_batches(dataset.lengths, **order), recipe, state)
+    order |= {"seed": recipe.seed, "start": progress.step, "steps": steps, "micro_batch_size": micro}
+    order |= {"rank": accelerator.process_index, "world_size": processes}
+    batches = _load(dataset, micro_batches(dataset.lengths, **order), recipe, state)
     window: list[StepResult] = []
     started, logged = time.perf_counter() - progress.seconds, progress.seconds
     with bar(stage.name, steps, shown=main) as advance, _stop_signals(accelerator):
         while progress.step < steps:
             set_learning_rate(state.optimizer, learning_rate(progress.step, steps=steps, stage=stage))
-            together = [next(batches) for _ in range(accumulation)]
+            together = [batch for _ in range(accumulation) for batch in next(batches)]
             window.append(train_step(state, together, step=progress.step))
             progress.step += 1
             progress.seconds = time.perf_counter() - started
@@ -138,14 +139,15 @@ def _drop_later_metrics(path: Path, step: int) -> None:
         write_text(path, "".join(kept))
 
 
-def _batches(dataset: RowDataset, rows: Iterable[list[int]], recipe: Recipe, state: TrainState) -> Iterator[Batch]:
+def _load(dataset: RowDataset, rows: Iterable[list[int]], recipe: Recipe, state: TrainState) -> Iterator[list[Batch]]:
+    how = {"pad_token_id": state.student.tokenizer.pad_token_id, "max_tokens": state.stage.max_tokens_per_batch}
     # A generator of its own: drawing worker seeds must not move the training's random state.
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=rows,
         num_workers=recipe.workers,
         generator=torch.Generator().manual_seed(recipe.seed),
-        collate_fn=functools.partial(collate, pad_token_id=state.student.tokenizer.pad_token_id),
+        collate_fn=functools.partial(collate_step, **how),
         pin_memory=state.accelerator.device.type == "cuda",
         worker_init_fn=_ignore_interrupt,
     )

@@ -1,6 +1,7 @@
-"""One optimiser step: count the whole global batch, sum the losses, divide once."""
+"""One optimiser step: count the whole global batch, sum the losses, divide once, move at the rate of the step."""
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -37,9 +38,10 @@ class StudentModule(nn.Module):
         visual = batch.segments == Segment.VISUAL
         if features is None and batch.pixel_values is not None:
             features = vision_features(self.model, batch.pixel_values)
-        hidden = final_hidden(self.model, batch.input_ids, batch.attention_mask, visual, features)
-        rows: dict[str, Any] = {"labels": batch.labels, "visual": visual, "image_rows": batch.image_rows}
-        result = objective(hidden, self.model.lm_head.weight, taught, teacher_head, counts=counts, **rows, **self.aims)
+        hidden = final_hidden(self.model, batch.input_ids, batch.attention_mask, visual, features, batch.position_ids)
+        what: dict[str, Any] = {"labels": batch.labels, "visual": visual, "image_rows": batch.image_rows}
+        what |= {"position_ids": batch.position_ids, "counts": counts}
+        result = objective(hidden, self.model.lm_head.weight, taught, teacher_head, **what, **self.aims)
         if features is None:  # text-only micro-batch: picture parts get a gradient of zero, the same on every rank
             inner = self.model.model
             pictured = [*inner.multi_modal_projector.parameters(), *inner.vision_tower.parameters()]
@@ -108,15 +110,43 @@ def _forward(state: TrainState, batch: Batch, counts: Counts) -> Objective:
                 own = pixels if state.pair.shared_pixels else batch.teacher_pixel_values
                 assert own is not None, "the teacher has another image processor, but the batch lacks its pixels"
                 seen = vision_features(teacher.model, own.to(teacher.model.dtype))
-            taught = final_hidden(teacher.model, batch.input_ids, batch.attention_mask, visual, seen)
+            given = batch.input_ids, batch.attention_mask, visual, seen, batch.position_ids
+            taught = final_hidden(teacher.model, *given)
     return state.module(batch, features, taught, teacher.head if teacher else None, counts)
 
 
 def _count(accelerator: Accelerator, micro_batches: Sequence[Batch]) -> tuple[Counts, dict[str, int]]:
     """Counts of the global batch, and those of StepResult, over all micro-batches and ranks."""
-    counts = [count(batch.labels, batch.segments == Segment.VISUAL, batch.image_rows) for batch in micro_batches]
+    counts = [
+        count(one.labels, one.segments == Segment.VISUAL, one.image_rows, one.position_ids) for one in micro_batches
+    ]
     rows = [(int(batch.attention_mask.sum()), batch.truncated, len(batch.mistakes)) for batch in micro_batches]
     local = torch.cat([torch.tensor(counts), torch.tensor(rows)], dim=1).sum(0)
     samples, *others, tokens, truncated, left_out = accelerator.reduce(local.to(accelerator.device)).tolist()
     counted = {"tokens": tokens - left_out, "truncated": truncated, "left_out": left_out}
     return Counts(samples - left_out, *others), counted
+
+
+def build_optimizer(module: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
+    """AdamW over what learns; norms and biases (vectors) are not decayed."""
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in learning if p.ndim > 1], "weight_decay": stage.weight_decay},
+        {"params": [p for p in learning if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    used = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(used, lr=stage.learning_rate, betas=stage.betas, fused=True)
+
+
+def learning_rate(step: int, *, steps: int, stage: StageConfig) -> float:
+    """Rate of optimiser step `step` (from 0): linear warm-up, then cosine to zero."""
+    warmup = math.ceil(stage.warmup_ratio * steps)
+    if step < warmup:
+        return stage.learning_rate * step / warmup
+    return stage.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group this rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
