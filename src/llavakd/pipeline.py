@@ -155,7 +155,12 @@ def _train(run: Run, stage: StageConfig, before: StageConfig | None) -> dict[str
     recipe, accelerator, folder = run.recipe, run.accelerator, run.out / stage.name
     start = str(run.out / before.name / "model") if before else None
     student = load_student(start) if start else build_student(recipe.student, seed=recipe.seed)
-    student.train_only(stage.train)
+    student.train_only(stage.learns)
+    updates: Any = None
+    if stage.lora:
+        from llavakd.models.lora import add_updates  # peft is an extra
+
+        updates = add_updates(student, stage.lora, seed=recipe.seed)
     teacher = load_teacher(recipe.teacher) if stage.losses.distils and recipe.teacher else None
     pair = align(student, teacher) if teacher else None
     if pair and accelerator.is_main_process:
@@ -172,6 +177,8 @@ def _train(run: Run, stage: StageConfig, before: StageConfig | None) -> dict[str
     student.model.train()
     folder.mkdir(exist_ok=True)
     progress = run_stage(state, dataset, recipe, folder)
+    if updates:
+        updates.merge_and_unload()
     if accelerator.is_main_process:
         template = recipe.data[next(iter(stage.sources))].template
         write_folder(folder / "model", lambda partial: save_model(student, partial, template=template))

@@ -104,7 +104,7 @@ class StageCost:
     def plan(self, gpu: str, efficiency: float) -> dict[str, Any]:
         """Everything about the stage on GPUs of a kind of GPUS."""
         recipe, stage, tokens, (rate, gib) = self.recipe, self.stage, self.tokens, GPUS[gpu]
-        self.student.train_only(stage.train)
+        self.student.train_only(stage.learns)
         micro = shard_of(stage, rank=0, world_size=self.gpus).micro_batch_size
         steps = total_steps(tokens.rows, stage)
         seen = steps * stage.global_batch_size
@@ -130,7 +130,7 @@ class StageCost:
     def row_flops(self, micro: int) -> dict[str, float]:
         """FLOPs of one mean row by part; a multiplication and its addition are two, attention is counted unmasked."""
         losses, again, tokens = self.stage.losses, self.recipe.gradient_checkpointing, self.tokens
-        tower_learns, projector_learns, text_learns = (part in self.stage.train for part in self.student.parts())
+        tower_learns, projector_learns, text_learns = (part in self.stage.learns for part in self.student.parts())
         count, pictures = self.student.tokens_per_image, tokens.visual / self.student.tokens_per_image
         tower, linear, attention, projector = _forward_flops(self.student, tokens.visual, tokens.text)
         # A frozen layer passes the gradient on: one product; a learning one makes its own, too. Attention: five for two.
@@ -158,7 +158,7 @@ class StageCost:
 
     def memory(self, micro: int, checkpointing: bool, teacher_dtype: str) -> dict[str, float]:
         """Bytes on one GPU by part, with `micro` of the longest rows, and their `peak`."""
-        model, head, tokens, train = self.student.model, self.student.head, self.tokens, self.stage.train
+        model, head, tokens, train = self.student.model, self.student.head, self.tokens, self.stage.learns
         vocabulary = min(len(model.head) for model in (self.student, self.teacher) if model)
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         gradients = sum(parameter.nbytes for parameter in learning)
@@ -208,7 +208,7 @@ class StageCost:
     @functools.cache  # noqa: B019 - lives as long as the plan is made
     def _kept(self, rows: int, checkpointing: bool, text_layers: int, vision_layers: int) -> int:
         """Bytes that autograd keeps of the real forward over `rows` longest rows, of a student cut to so many layers."""
-        thin, train, tokens = copy.deepcopy(self.student.model.config), self.stage.train, self.tokens
+        thin, train, tokens = copy.deepcopy(self.student.model.config), self.stage.learns, self.tokens
         thin.text_config.num_hidden_layers, thin.vision_config.num_hidden_layers = text_layers, vision_layers
         thin.vision_feature_layer = -1
         student, vision, saved = outline(thin), thin.vision_config, list[ref[Tensor]]()
