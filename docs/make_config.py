@@ -36,7 +36,6 @@ TITLES = {
     "data.NAME": "data",
     "data.NAME.subset": "data: subset",
     "stages.NAME": "stages",
-    "stages.NAME.lora": "stages: lora",
     "stages.NAME.losses": "stages: losses",
     "evaluation": "evaluation",
     "world": "world",

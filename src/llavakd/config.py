@@ -106,15 +106,6 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """Low-rank updates learn instead of the language model's matrices and are merged at the stage's end (needs peft)."""
-
-    r: Count
-    alpha: Count
-    dropout: Share = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One stage: what is trained, on what, towards what."""
 
@@ -122,13 +113,14 @@ class StageConfig:
     data: str | Annotated[dict[str, Positive], Field(min_length=1)]
     """A source, or several with weights: 2.5 gives all of its rows twice and half of them once more in each epoch."""
     train: tuple[Part, ...]
-    lora: LoraConfig | None = None
     losses: LossConfig
     learning_rate: Positive
     global_batch_size: Count
     micro_batch_size: Count | None = None
     """Rows a device holds at once; absent: global_batch_size / number of processes. Accumulation is derived."""
     epochs: Positive = 1.0
+    lora_rank: Count | None = None
+    """Low-rank updates, alpha twice the rank, learn instead of the language model's own matrices; merged at the end."""
     reduction: Literal["sample", "token"] = "sample"
     """sample: mean over rows of each row's mean; token: mean over the global batch's tokens (or pictures)."""
     grouping: Literal["none", "length", "modality_length"] = "modality_length"
@@ -140,7 +132,7 @@ class StageConfig:
     @property
     def learns(self) -> tuple[Part, ...]:
         """The parts of `train` whose own weights change before the stage's end."""
-        return tuple(part for part in self.train if part != "language_model" or not self.lora)
+        return tuple(part for part in self.train if part != "language_model" or not self.lora_rank)
 
     @property
     def sources(self) -> dict[str, float]:
@@ -313,7 +305,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             node = numbered | (named := {str(entry.get("name")): entry for entry in numbered.values()})
             if key not in node:
                 raise RecipeError(f"no entry {key!r} at {place}{nearest(key, named)}")
-        elif node.get(key) is None and key in ("teacher", "evaluation", "world", "subset", "lora"):
+        elif node.get(key) is None and key in ("teacher", "evaluation", "world", "subset"):
             node[key] = {}
         if not isinstance(node.get(key), dict | list):
             raise RecipeError(f"{place} is not a mapping{nearest(key, node)}")
@@ -375,8 +367,8 @@ def _stage_problems(stage: StageConfig, teacher: TeacherConfig | None) -> Iterat
     losses, weights, micro = stage.losses, stage.losses.weights, stage.micro_batch_size
     if not stage.train:
         yield "train: the stage trains nothing; name vision_tower, projector or language_model"
-    if stage.lora and "language_model" not in stage.train:
-        yield f"lora: updates the language model, but train names {', '.join(stage.train)}; add language_model"
+    if stage.lora_rank and "language_model" not in stage.train:
+        yield f"lora_rank: updates the language model, but train is {', '.join(stage.train)}; add language_model"
     if not any(weights.values()):
         yield f"losses: every weight is 0; give at least one of {', '.join(weights)} a weight"
     if losses.distils and not teacher:

@@ -21,7 +21,7 @@ from llavakd.data.samples import Samples, load_samples
 from llavakd.errors import UserError
 from llavakd.evaluate import evaluate_model
 from llavakd.models.alignment import align
-from llavakd.models.student import build_student, load_student, load_teacher, save_model, vision_features
+from llavakd.models.student import add_updates, build_student, load_student, load_teacher, save_model, vision_features
 from llavakd.preflight import check_before_training, claim_folder, used_sources
 from llavakd.progress import bar, say
 from llavakd.report import write_report
@@ -156,11 +156,7 @@ def _train(run: Run, stage: StageConfig, before: StageConfig | None) -> dict[str
     start = str(run.out / before.name / "model") if before else None
     student = load_student(start) if start else build_student(recipe.student, seed=recipe.seed)
     student.train_only(stage.learns)
-    updates: Any = None
-    if stage.lora:
-        from llavakd.models.lora import add_updates  # peft is an extra
-
-        updates = add_updates(student, stage.lora, seed=recipe.seed)
+    updates = add_updates(student, stage.lora_rank, seed=recipe.seed) if stage.lora_rank else None
     teacher = load_teacher(recipe.teacher) if stage.losses.distils and recipe.teacher else None
     pair = align(student, teacher) if teacher else None
     if pair and accelerator.is_main_process:

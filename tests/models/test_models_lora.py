@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from llavakd.config import LoraConfig, RecipeError, load_recipe
-from llavakd.models.lora import add_updates
-from llavakd.models.student import build_student, load_student
+from llavakd.config import RecipeError, load_recipe
+from llavakd.models.student import add_updates, build_student, load_student
 
-LORA = {"r": 3, "alpha": 12}
+RANK = 3
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def matrices(student) -> dict[str, torch.Tensor]:
 
 def test_fresh_updates_change_nothing_and_merging_adds_their_scaled_product(student):
     before, plain, names = matrices(student), hidden(student), set(student.model.state_dict())
-    updates = add_updates(student, LoraConfig(**LORA), seed=0)
+    updates = add_updates(student, RANK, seed=0)
     assert torch.equal(hidden(student), plain)
     parts = dict(student.parts()["language_model"].layers.named_parameters())
     with torch.no_grad():
@@ -42,7 +41,7 @@ def test_fresh_updates_change_nothing_and_merging_adds_their_scaled_product(stud
     assert not torch.allclose(apart, plain, atol=1e-2)
     wanted = {
         name: weight.double()
-        + 12 / 3 * parts[f"{name}.lora_B.default.weight"].double() @ parts[f"{name}.lora_A.default.weight"].double()
+        + 2 * parts[f"{name}.lora_B.default.weight"].double() @ parts[f"{name}.lora_A.default.weight"].double()
         for name, weight in before.items()
     }
     assert len(wanted) == 7 * student.model.config.text_config.num_hidden_layers
@@ -55,7 +54,7 @@ def test_fresh_updates_change_nothing_and_merging_adds_their_scaled_product(stud
 
 def test_only_updates_and_the_projector_learn(student):
     student.train_only(["projector"])
-    add_updates(student, LoraConfig(**LORA), seed=0)
+    add_updates(student, RANK, seed=0)
     learning = {name for name, values in student.model.named_parameters() if values.requires_grad}
     updates = {name for name in learning if ".lora_A." in name or ".lora_B." in name}
     assert len(updates) == 2 * 7 * student.model.config.text_config.num_hidden_layers
@@ -67,16 +66,16 @@ def test_the_seed_decides_where_they_start(student, tiny, tmp_path):
     other = build_student(load_recipe(tiny.recipe(tmp_path / "other.yaml")).student, seed=5)
     for one in (student, other):
         torch.rand(len(one.tokenizer) % 7)
-        add_updates(one, LoraConfig(**LORA), seed=3)
+        add_updates(one, RANK, seed=3)
     found = [[v for name, v in one.model.named_parameters() if ".lora_A." in name] for one in (student, other)]
     assert all(torch.equal(left, right) for left, right in zip(*found, strict=True))
 
 
 @pytest.fixture(scope="module")
 def run(tiny, command, tmp_path_factory):
-    """A finished run whose last stage has low-rank updates with dropout."""
+    """A finished run whose last stage has low-rank updates."""
     folder, tree = tmp_path_factory.mktemp("low-rank"), tiny.tree()
-    tree["stages"][2]["lora"] = LORA | {"dropout": 0.1}
+    tree["stages"][2]["lora_rank"] = RANK
     done = command("train", tiny.recipe(folder / "recipe.yaml", tree), "--out", folder / "run")
     assert done.code == 0, done.err
     return folder
@@ -113,5 +112,5 @@ def test_a_stage_goes_on_from_its_checkpoint_to_the_same_weights(run, command, t
 
 def test_updates_of_a_language_model_that_does_not_learn_are_refused(tiny, tmp_path):
     path = tiny.recipe(tmp_path / "recipe.yaml")
-    with pytest.raises(RecipeError, match=r"stages\.0 \(dpt\)\.lora: .* train names projector; add language_model"):
-        load_recipe(path, ["stages.dpt.lora.r=4", "stages.dpt.lora.alpha=8"])
+    with pytest.raises(RecipeError, match=r"stages\.0 \(dpt\)\.lora_rank: .* train is projector; add language_model"):
+        load_recipe(path, ["stages.dpt.lora_rank=4"])
