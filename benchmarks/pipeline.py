@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,10 +34,10 @@ from transformers import SiglipImageProcessorPil
 from llavakd.config import DataConfig, Recipe, StudentConfig, load_recipe
 from llavakd.data.collate import Batch, Row, RowDataset, Source, collate
 from llavakd.data.pictures import read_image
-from llavakd.data.sampler import Grouping, Shard, plan_epoch
+from llavakd.data.sampler import plan_epoch
 from llavakd.data.samples import load_samples
 from llavakd.models.student import VisionLanguageModel, outline_student
-from llavakd.train.loop import _batches
+from llavakd.train.loop import _load
 from losses import environment
 
 MEAN_ANSWER, TEXT_ONLY = 150, 0.06  # words; share of rows
@@ -55,12 +55,11 @@ class Setup:
     global_batch: int
     device: str
 
-    def epoch(self, grouping: Grouping, epoch: int) -> Iterator[list[int]]:
+    def epoch(self, grouping: str, epoch: int) -> Iterator[list[int]]:
         """Row numbers of one process's micro-batches."""
         order: dict[str, Any] = {"global_batch_size": self.global_batch, "grouping": grouping, "seed": 0}
-        shard = Shard(rank=0, world_size=1, micro_batch_size=self.micro)
         for batch in plan_epoch(self.dataset.lengths, **order, epoch=epoch):
-            yield from shard.deal(batch)
+            yield from batch.reshape(-1, self.micro).tolist()
 
     def endless(self) -> Iterator[list[int]]:
         """Epoch after epoch, grouped as the recipe does by default."""
@@ -69,8 +68,9 @@ class Setup:
     def batches(self, workers: int) -> Iterator[Batch]:
         """What the trainer's own loader makes of them."""
         recipe, device = dataclasses.replace(self.recipe, workers=workers), torch.device(self.device)
-        state: Any = SimpleNamespace(student=self.student, accelerator=SimpleNamespace(device=device))
-        return _batches(self.dataset, self.endless(), recipe, state)
+        stage, accelerator = SimpleNamespace(max_tokens_per_batch=None), SimpleNamespace(device=device)
+        state: Any = SimpleNamespace(student=self.student, stage=stage, accelerator=accelerator)
+        return itertools.chain.from_iterable(_load(self.dataset, self.endless(), recipe, state))
 
 
 def write_rows(path: Path, rows: int, pictures: int, log_std: float) -> None:
@@ -113,10 +113,10 @@ def make_setup(folder: Path, options: argparse.Namespace, device: str) -> Setup:
 def padding(setup: Setup) -> list[dict[str, Any]]:
     """Of one epoch by grouping: tokens that live, tokens in padded micro-batches, and the share that is padding."""
     source = setup.dataset.sources[0]
-    rendered = source.renderer.render_many(list(source.samples))
+    rendered = source.renderer.render_each(list(source.samples))
     live = np.array([len(row.ids) for row in rendered])
     lines = []
-    for grouping in get_args(Grouping):
+    for grouping in ("none", "length", "modality_length"):
         rows = [live[indices] for indices in setup.epoch(grouping, 0)]
         padded, alive = (sum(sizes) for sizes in ([len(row) * row.max() for row in rows], [row.sum() for row in rows]))
         largest = max(len(row) * row.max() for row in rows)
@@ -139,7 +139,7 @@ def parts_of_a_row(setup: Setup, batches: int) -> dict[str, float]:
 
     for indices in itertools.islice(setup.endless(), batches):
         samples = timed("row of the file", lambda: [source.samples[index] for index in indices])  # noqa: B023
-        texts = timed("render", source.renderer.render_many, samples)
+        texts = timed("render", source.renderer.render_each, samples)
         rows = []
         for sample, text in zip(samples, texts, strict=True):
             pictures = [timed("read and decode", read_image, source.data, name) for name in sample.images]

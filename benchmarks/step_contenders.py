@@ -21,10 +21,10 @@ from transformers import AutoConfig
 from llavakd.config import Recipe, StageConfig, load_recipe
 from llavakd.data.chat import IGNORE_INDEX, Segment
 from llavakd.data.collate import Batch
-from llavakd.losses import Counts, count
+from llavakd.losses.objective import Counts, count
 from llavakd.models.student import VisionLanguageModel, student_config
 from llavakd.train import step as trainer
-from llavakd.train.optim import set_learning_rate
+from llavakd.train.step import set_learning_rate
 from losses import released_parts
 
 RECIPE = "qwen2.5-0.5b"

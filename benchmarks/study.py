@@ -147,7 +147,7 @@ def _segments(recipe: Any, out: Path) -> dict[str, Any]:
     from llavakd.config import TeacherConfig
     from llavakd.data.samples import load_samples
     from llavakd.evaluate import compare_segments
-    from llavakd.models.teacher import load_teacher
+    from llavakd.models.student import load_teacher
 
     student = TeacherConfig(path=str(out / recipe.stages[-1].name / "model"), dtype="float32")
     models = [load_teacher(config) for config in (student, recipe.teacher)]

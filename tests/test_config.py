@@ -158,7 +158,7 @@ def test_every_problem_is_told_at_once():
         ("stages.2.name", "sft", "two stages are called 'sft'"),
         ("stages.2.name", "../dft", r"'\.\./dft' becomes a folder name"),
         ("stages.2.name", "", "'' becomes a folder name"),
-        ("stages", [], "expected at least one stage"),
+        ("stages", [], r"stages: got \[\]; tuple should have at least 1 item"),
         ("stages.1.losses", {}, r"stages\.1 \(sft\)\.losses: every weight is 0"),
         ("stages.1.losses.ce", -1.0, r"losses\.ce: got -1"),
         ("stages.1.losses.ce", float("nan"), r"losses\.ce: got nan"),

@@ -121,6 +121,8 @@ class StageConfig:
     max_tokens_per_batch: Count | None = None
     """Instead of padding, rows follow one another, up to so many tokens at once; none sees another, the result is the same."""
     epochs: Positive = 1.0
+    lora_rank: Count | None = None
+    """Low-rank updates, alpha twice the rank, learn instead of the language model's own matrices; merged at the end."""
     reduction: Literal["sample", "token"] = "sample"
     """sample: mean over rows of each row's mean; token: mean over the global batch's tokens (or pictures)."""
     grouping: Literal["none", "length", "modality_length"] = "modality_length"
@@ -128,6 +130,11 @@ class StageConfig:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: Positive = 1.0
+
+    @property
+    def learns(self) -> tuple[Part, ...]:
+        """The parts of `train` whose own weights change before the stage's end."""
+        return tuple(part for part in self.train if part != "language_model" or not self.lora_rank)
 
     @property
     def sources(self) -> dict[str, float]:
@@ -167,7 +174,7 @@ class Recipe:
     name: str
     student: StudentConfig
     data: dict[str, DataConfig]
-    stages: tuple[StageConfig, ...]
+    stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
     seed: int = 1234
     teacher: TeacherConfig | None = None
     evaluation: EvaluationConfig | None = None
@@ -335,8 +342,6 @@ def _owner(place: list[Any], kind: Any = Recipe) -> Any:
 def _problems(recipe: Recipe) -> Iterator[str]:
     """Why a recipe whose keys and values are right one by one cannot make a run."""
     names = [stage.name for stage in recipe.stages]
-    if not names:
-        yield "stages: got an empty list, expected at least one stage"
     for name in dict.fromkeys(names):
         if names.count(name) > 1:
             yield f"stages: two stages are called {name!r}; every stage writes its own folder, rename one"
@@ -362,6 +367,8 @@ def _stage_problems(stage: StageConfig, recipe: Recipe) -> Iterator[str]:
     losses, weights, micro = stage.losses, stage.losses.weights, stage.micro_batch_size
     if not stage.train:
         yield "train: the stage trains nothing; name vision_tower, projector or language_model"
+    if stage.lora_rank and "language_model" not in stage.train:
+        yield f"lora_rank: updates the language model, but train is {', '.join(stage.train)}; add language_model"
     if not any(weights.values()):
         yield f"losses: every weight is 0; give at least one of {', '.join(weights)} a weight"
     if losses.distils and not recipe.teacher:

@@ -21,7 +21,7 @@ from llavakd.data.samples import Samples, load_samples
 from llavakd.errors import UserError
 from llavakd.evaluate import evaluate_model
 from llavakd.models.alignment import align
-from llavakd.models.student import build_student, load_student, load_teacher, save_model, vision_features
+from llavakd.models.student import add_updates, build_student, load_student, load_teacher, save_model, vision_features
 from llavakd.preflight import check_before_training, claim_folder, used_sources
 from llavakd.progress import bar, say
 from llavakd.report import write_report
@@ -154,7 +154,8 @@ def _train(run: Run, stage: StageConfig, before: StageConfig | None) -> dict[str
     recipe, accelerator, folder = run.recipe, run.accelerator, run.out / stage.name
     start = str(run.out / before.name / "model") if before else None
     student = load_student(start) if start else build_student(recipe.student, seed=recipe.seed)
-    student.train_only(stage.train)
+    student.train_only(stage.learns)
+    updates = add_updates(student, stage.lora_rank, seed=recipe.seed) if stage.lora_rank else None
     teacher = load_teacher(recipe.teacher) if stage.losses.distils and recipe.teacher else None
     pair = align(student, teacher) if teacher else None
     if pair and accelerator.is_main_process:
@@ -171,6 +172,8 @@ def _train(run: Run, stage: StageConfig, before: StageConfig | None) -> dict[str
     student.model.train()
     folder.mkdir(exist_ok=True)
     progress = run_stage(state, dataset, recipe, folder)
+    if updates:
+        updates.merge_and_unload()
     if accelerator.is_main_process:
         template = recipe.data[next(iter(stage.sources))].template
         write_folder(folder / "model", lambda partial: save_model(student, partial, template=template))

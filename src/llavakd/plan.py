@@ -105,7 +105,7 @@ class StageCost:
     def plan(self, gpu: str, efficiency: float) -> dict[str, Any]:
         """Everything about the stage on GPUs of a kind of GPUS."""
         recipe, stage, tokens, (rate, gib) = self.recipe, self.stage, self.tokens, GPUS[gpu]
-        self.student.train_only(stage.train)
+        self.student.train_only(stage.learns)
         micro, most = micro_batch_size(stage, processes=self.gpus), stage.max_tokens_per_batch
         size = min(most, micro * tokens.longest) if most else micro
         rows = self._held(size)[0]
@@ -141,7 +141,7 @@ class StageCost:
     def row_flops(self, size: int) -> dict[str, float]:
         """FLOPs of one mean row by part; a multiplication and its addition are two, attention is counted unmasked."""
         losses, again, tokens = self.stage.losses, self.recipe.gradient_checkpointing, self.tokens
-        tower_learns, projector_learns, text_learns = (part in self.stage.train for part in self.student.parts())
+        tower_learns, projector_learns, text_learns = (part in self.stage.learns for part in self.student.parts())
         count, pictures = self.student.tokens_per_image, tokens.visual / self.student.tokens_per_image
         rows, lines, *_ = self._held(size)
         row = tokens.visual, tokens.text, rows / lines * (tokens.visual + tokens.text)
@@ -171,7 +171,7 @@ class StageCost:
 
     def memory(self, size: int, checkpointing: bool, teacher_dtype: str) -> dict[str, float]:
         """Bytes on one GPU by part, with a micro-batch of this size (see `_held`), and their `peak`."""
-        model, head, tokens, train = self.student.model, self.student.head, self.tokens, self.stage.train
+        model, head, tokens, train = self.student.model, self.student.head, self.tokens, self.stage.learns
         vocabulary = min(len(model.head) for model in (self.student, self.teacher) if model)
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         gradients = sum(parameter.nbytes for parameter in learning)
@@ -226,7 +226,7 @@ class StageCost:
     @functools.cache  # noqa: B019 - lives as long as the plan is made
     def _kept(self, size: int, checkpointing: bool, text_layers: int, vision_layers: int) -> int:
         """Bytes that autograd keeps of the real forward over a micro-batch, of a student cut to so many layers."""
-        thin, train = copy.deepcopy(self.student.model.config), self.stage.train
+        thin, train = copy.deepcopy(self.student.model.config), self.stage.learns
         thin.text_config.num_hidden_layers, thin.vision_config.num_hidden_layers = text_layers, vision_layers
         thin.vision_feature_layer = -1
         student, vision, saved = outline(thin), thin.vision_config, list[ref[Tensor]]()

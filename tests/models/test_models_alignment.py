@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from llavakd.config import LossConfig, StudentConfig, TeacherConfig
-from llavakd.losses import Counts, objective
+from llavakd.losses.objective import Counts, objective
 from llavakd.models.alignment import AlignmentError, align, shared_vocabulary
 from llavakd.models.student import (
     VisionLanguageModel,

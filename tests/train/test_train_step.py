@@ -12,7 +12,7 @@ from llavakd.data.chat import Segment
 from llavakd.data.collate import RowDataset, Source, collate, collate_step
 from llavakd.data.samples import load_samples
 from llavakd.errors import UserError
-from llavakd.losses import Counts
+from llavakd.losses.objective import Counts
 from llavakd.models.alignment import align
 from llavakd.models.student import build_student, load_teacher, vision_features
 from llavakd.train.loop import micro_batch_size, total_steps

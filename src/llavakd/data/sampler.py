@@ -1,16 +1,15 @@
 """Which rows make which step: global batches that do not depend on the number of processes or the micro-batch."""
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-Grouping = Literal["none", "length", "modality_length"]
 _LENGTH_POOL = 50  # global batches sorted together by `length`, as transformers' group_by_length
 
 
 def plan_epoch(
-    lengths: np.ndarray, *, global_batch_size: int, grouping: Grouping, seed: int, epoch: int
+    lengths: np.ndarray, *, global_batch_size: int, grouping: str, seed: int, epoch: int
 ) -> list[np.ndarray]:
     """Global batches of one epoch, each sorted by length, longest first.
 

@@ -135,9 +135,7 @@ def parse_row(row: Any, place: str) -> Sample:
     turns = _parse_turns(row.get("conversations") if messages is None else _as_conversations(messages, place), place)
     tags = sum(turn.images for turn in turns)
     if tags != len(names):
-        raise DataError(
-            f"{place}: {len(names)} picture(s) but {tags} {IMAGE_TAG} tag(s) in human turns; make them equal"
-        )
+        raise DataError(f"{place}: {len(names)} picture(s) but {tags} {IMAGE_TAG} tag(s) in human turns; pair them up")
     answers = row.get("answers", ())
     if answers and not (isinstance(answers, list) and [type(text) for text in answers] == [str] * 10):
         raise DataError(f"{place}: `answers` is {answers!r}, expected a list of ten texts, one a person")

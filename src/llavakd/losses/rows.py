@@ -131,9 +131,7 @@ class Sweep(NamedTuple):
         wrong = live & (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab_size))
         count, mistakes = torch.stack([live.sum(), wrong.sum()]).tolist()  # one wait for the device
         if mistakes:
-            raise ValueError(
-                f"label {int(labels[wrong][0])} lies outside the {vocab_size} ids that count; mask it by -100"
-            )
+            raise ValueError(f"label {int(labels[wrong][0])} lies outside the {vocab_size} ids that count; use -100")
         live = live.nonzero_static(size=count).squeeze(1)
         run = partial(self._replace(given=[_at(rows, live) for rows in self.given]).run, live)
         return RowLosses(*_ScoreRows.apply(hidden, head, ce_weight, kl_weight, run))
@@ -274,9 +272,7 @@ def shared_width(student_head: Tensor, teacher_head: Tensor | None, vocab_size: 
     """How many leading head rows take part; raises ValueError where the two heads leave it open."""
     student, teacher = len(student_head), len(student_head if teacher_head is None else teacher_head)
     if vocab_size is None and student != teacher:
-        raise ValueError(
-            f"heads have {student} and {teacher} rows; give vocab_size, how many ids both tokenizers share"
-        )
+        raise ValueError(f"heads have {student} and {teacher} rows; give vocab_size, how many ids both share")
     width = student if vocab_size is None else vocab_size
     if not 0 < width <= min(student, teacher):
         raise ValueError(f"vocab_size {width} must lie between 1 and the narrower head, {min(student, teacher)}")

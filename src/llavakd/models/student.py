@@ -74,6 +74,20 @@ class VisionLanguageModel:
             self.parts()["projector"].linear_2.requires_grad_(False)
 
 
+def add_updates(student: VisionLanguageModel, rank: int, *, seed: int) -> Any:
+    """Let W + 2 B A stand for each matrix of the language model's layers, B zero; only A and B learn of it (LoRA).
+
+    What is returned has `merge_and_unload`, after which the student is again what it was, of other weights.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ModelError("lora_rank needs peft; install it: pip install 'llava-kd[lora]'") from error
+    torch.manual_seed(seed)
+    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    return peft.LoraModel(student.parts()["language_model"], settings, "default")
+
+
 def build_student(config: StudentConfig, *, seed: int) -> VisionLanguageModel:
     """Assemble a float32 student with a fresh projector from folders (or hub names).
 
@@ -168,9 +182,7 @@ def template_of(folder: str) -> Any:
     for name, template in TEMPLATES.items():
         if held and template.jinja == held:
             return name
-    raise ModelError(
-        f"{folder}: its chat template is none of {', '.join(TEMPLATES)}; say which to ask with: --template"
-    )
+    raise ModelError(f"{folder}: its chat template is none of {', '.join(TEMPLATES)}; say which to use: --template")
 
 
 def save_model(student: VisionLanguageModel, folder: Path, *, template: str | None) -> None:

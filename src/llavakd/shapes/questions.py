@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llavakd.errors import UserError
 from llavakd.shapes.scenes import COLORS, PLACES, SHAPES, SIDE, SIZES, WORLD, Scene
 
 NOTHING, ANOTHER = "nothing", "another answer"
@@ -68,9 +67,8 @@ _fair = lru_cache(maxsize=1)(lambda scene: tuple(_fair_questions(scene)))  # a s
 
 
 def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Question | None:
-    """Draw a question of a kind of KINDS, else UserError; None where the scene does not allow it or the wanted answer."""
-    if kind not in KINDS:
-        raise UserError(f"got question kind {kind!r}, expected one of {list(KINDS)}; use one of those")
+    """Draw a question of a kind of KINDS; None where the scene does not allow it or the wanted answer."""
+    assert kind in KINDS, f"got question kind {kind!r}, expected one of {list(KINDS)}"
     fitting: dict[str, list[Question]] = {ANOTHER: []}
     for question in _fair(scene):
         if question.kind == kind:
@@ -82,9 +80,8 @@ def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Question | None:
 
 
 def ask_several(scene: Scene, count: int, rng: np.random.Generator) -> list[Question]:
-    """Draw `count` (1 to 10, else UserError) different questions about a scene, of different kinds where it allows."""
-    if not 1 <= count <= len(KINDS):
-        raise UserError(f"got {count} questions for a scene, expected 1 to {len(KINDS)}; ask for fewer")
+    """Draw `count` (1 to 10) different questions about a scene, of different kinds where it allows."""
+    assert 1 <= count <= len(KINDS), f"got {count} questions for a scene, expected 1 to {len(KINDS)}"
     found: list[Question] = []
     kinds = cycle(rng.permutation(list(KINDS)).tolist())
     while len(found) < count:

@@ -12,8 +12,6 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
-from llavakd.errors import UserError
-
 WORLD: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("world.yaml").read_text(encoding="utf-8"))
 SHAPES, COLORS, SIZES, PLACES = (tuple(WORLD[key]) for key in ("shapes", "colors", "sizes", "places"))
 SIDE = 3  # Cells along one side of the grid.
@@ -35,7 +33,7 @@ OUTLINES: dict[str, Callable[..., NDArray[np.bool_]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Thing:
-    """One drawn thing, of SHAPES, COLORS and SIZES, in cell 0 to 8; UserError if an attribute is none of these."""
+    """One drawn thing, of SHAPES, COLORS and SIZES, in cell 0 to 8."""
 
     shape: str
     color: str
@@ -44,8 +42,7 @@ class Thing:
 
     def __post_init__(self) -> None:
         for value, allowed in zip(vars(self).values(), (SHAPES, COLORS, SIZES, range(SIDE * SIDE)), strict=True):
-            if value not in allowed:
-                raise UserError(f"got {value!r} in a Thing, expected one of {list(allowed)}; use one of those")
+            assert value in allowed, f"got {value!r} in a Thing, expected one of {list(allowed)}"
 
     @property
     def name(self) -> str:
@@ -55,14 +52,14 @@ class Thing:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """The two to five things of one picture, in reading order, at most one a cell; UserError if they are not."""
+    """The two to five things of one picture, in reading order, at most one a cell."""
 
     things: tuple[Thing, ...]
 
     def __post_init__(self) -> None:
         cells = [thing.cell for thing in self.things]
-        if not 2 <= len(cells) <= 5 or cells != sorted(set(cells)):
-            raise UserError(f"got things in cells {cells}, expected 2 to 5 cells in rising order; sort and part them")
+        assert 2 <= len(cells) <= 5, f"got {len(cells)} things, expected 2 to 5"
+        assert cells == sorted(set(cells)), f"got things in cells {cells}, expected different ones in rising order"
 
 
 def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
@@ -91,9 +88,8 @@ def random_scene(rng: np.random.Generator) -> Scene:
 
 
 def scene_in(split: str, rng: np.random.Generator) -> Scene:
-    """Draw scenes until one belongs to a split of SPLITS; UserError if there is no such split."""
-    if split not in SPLITS:
-        raise UserError(f"got split {split!r}, expected one of {list(SPLITS)}; use one of those")
+    """Draw scenes until one belongs to a split of SPLITS."""
+    assert split in SPLITS, f"got split {split!r}, expected one of {list(SPLITS)}"
     while split_of(scene := random_scene(rng)) != split:
         pass
     return scene

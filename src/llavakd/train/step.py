@@ -14,7 +14,7 @@ from llavakd.config import StageConfig
 from llavakd.data.chat import Segment
 from llavakd.data.collate import Batch
 from llavakd.errors import UserError
-from llavakd.losses import Counts, Objective, count, objective
+from llavakd.losses.objective import Counts, Objective, count, objective
 from llavakd.models.alignment import Pair
 from llavakd.models.student import VisionLanguageModel, final_hidden, vision_features
 
@@ -117,9 +117,7 @@ def _forward(state: TrainState, batch: Batch, counts: Counts) -> Objective:
 
 def _count(accelerator: Accelerator, micro_batches: Sequence[Batch]) -> tuple[Counts, dict[str, int]]:
     """Counts of the global batch, and those of StepResult, over all micro-batches and ranks."""
-    counts = [
-        count(one.labels, one.segments == Segment.VISUAL, one.image_rows, one.position_ids) for one in micro_batches
-    ]
+    counts = [count(b.labels, b.segments == Segment.VISUAL, b.image_rows, b.position_ids) for b in micro_batches]
     rows = [(int(batch.attention_mask.sum()), batch.truncated, len(batch.mistakes)) for batch in micro_batches]
     local = torch.cat([torch.tensor(counts), torch.tensor(rows)], dim=1).sum(0)
     samples, *others, tokens, truncated, left_out = accelerator.reduce(local.to(accelerator.device)).tolist()
