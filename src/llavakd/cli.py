@@ -215,6 +215,11 @@ def main() -> None:
     except UserError as error:
         say(f"error: {error}")
         sys.exit(1)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        say(f"error: a process that reads rows died: {error}; the same command goes on from the last checkpoint")
+        sys.exit(1)
     except Interrupted as stop:
         say(str(stop))
         sys.exit(130)

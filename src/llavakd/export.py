@@ -84,10 +84,7 @@ def export_model(given: str, target: Path, *, dtype: str | None = None, license:
         (partial / "README.md").write_text(_card(Path(model.name_or_path), known), encoding="utf-8")
         return f"{target}: {model.name_or_path} in {model.dtype}, {said}"
 
-    try:
-        return write_folder(target, fill)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}; give another folder") from error
+    return write_folder(target, fill)
 
 
 def push_folder(folder: Path, repository: str, api: Any) -> str:

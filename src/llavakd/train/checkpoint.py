@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,20 +22,21 @@ _MANIFEST = "manifest.json"
 
 
 def write_folder(folder: Path, fill: Callable[[Path], Any], *, flush: bool = True) -> Any:
-    """Let `fill` write a fresh folder, rename it to `folder`, return what `fill` did; unflushed, a power cut may tear it."""
+    """Let `fill` write a fresh folder, rename it to `folder`, return what `fill` did; UserError where that cannot be written."""
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         done = fill(partial)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
-    for path in partial.rglob("*") if flush else ():
-        _flush(path)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    _flush(folder.parent)
+        for path in partial.rglob("*") if flush else ():
+            _flush(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        _flush(folder.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors say so that a disk is full
+        raise UserError(f"cannot write {folder}: {error}; make room, or give another place, and begin again") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return done
 
 
