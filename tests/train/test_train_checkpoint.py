@@ -129,7 +129,7 @@ def test_a_write_that_fails_leaves_what_stood_there(folder):
         (partial / "state.json").write_text("half")
         raise OSError("disk full")
 
-    with pytest.raises(UserError, match="cannot write .*step-10: disk full; make room"):
+    with pytest.raises(UserError, match=r"cannot write .*step-10: disk full; make room"):
         write_folder(folder / "step-10", fill)
     assert (folder / "step-10" / "state.json").read_bytes() == before
     write_folder(folder / "step-10", lambda partial: (partial / "new").write_text("whole"))
@@ -162,7 +162,7 @@ def test_processes_of_one_run_may_write_the_same_small_file_at_once(tmp_path):
 
 def test_a_folder_that_could_not_be_filled_leaves_what_stood_there_and_nothing_else(tmp_path):
     assert write_folder(tmp_path / "kept", lambda partial: (partial / "old").write_text("old")) == 3
-    with pytest.raises(UserError, match="cannot write .*kept: no more room; make room"):
+    with pytest.raises(UserError, match=r"cannot write .*kept: no more room; make room"):
         write_folder(tmp_path / "kept", fail_midway)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     assert (tmp_path / "kept" / "old").read_text() == "old"
