@@ -35,9 +35,9 @@ def cells() -> dict[str, dict[int, Line]]:
     return found
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; all but the first column are figures."""
-    rule = ["---"] + ["--:"] * (len(header) - 1)
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
+    """A Markdown table; all but the first columns are figures."""
+    rule = ["---"] * text_columns + ["--:"] * (len(header) - text_columns)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *rows))
 
 

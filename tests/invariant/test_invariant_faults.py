@@ -49,9 +49,8 @@ def children(pid: int) -> list[int]:
 
 def test_a_disk_that_is_full_leaves_what_was_whole(tiny, command, tmp_path, uninterrupted):
     newest = max((uninterrupted / "sft" / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
-    size, model = ((folder / name).stat().st_size for folder, name in (
-        (newest, "optimizer.pt"), (uninterrupted / "dpt" / "model", "model.safetensors")
-    ))  # fmt: skip
+    size = (newest / "optimizer.pt").stat().st_size
+    model = (uninterrupted / "dpt" / "model" / "model.safetensors").stat().st_size
     assert model < size - 1, "the first stage must fit, the second not"
     recipe = long_recipe(tiny, tmp_path)
     process = start(recipe, tmp_path / "run", largest_file=size - 1)
