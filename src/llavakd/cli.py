@@ -215,11 +215,6 @@ def main() -> None:
     except UserError as error:
         say(f"error: {error}")
         sys.exit(1)
-    except (RuntimeError, ConnectionError, EOFError) as error:  # each may be how the loss of a DataLoader worker shows
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
-        say(f"error: a process that reads rows died: {error}; the same command goes on from the last checkpoint")
-        sys.exit(1)
     except Interrupted as stop:
         say(str(stop))
         sys.exit(130)

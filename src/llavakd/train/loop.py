@@ -161,7 +161,7 @@ def _ignore_interrupt(worker: int) -> None:
 
 @contextmanager
 def _stop_signals(accelerator: Any) -> Iterator[None]:
-    """The first SIGINT or SIGTERM pulls the accelerator's trigger; a second one acts as usual."""
+    """The first SIGINT or SIGTERM pulls the accelerator's trigger; a second one acts as usual. UserError for a lost worker."""
     with ExitStack() as usual:
 
         def note(_number: int, _frame: Any) -> None:
@@ -172,4 +172,10 @@ def _stop_signals(accelerator: Any) -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 usual.callback(signal.signal, number, signal.signal(number, note))
-        yield
+        try:
+            yield
+        except (RuntimeError, ConnectionError, EOFError) as error:  # each is how the loss of a worker may show
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            said = f"a process that reads rows died: {error}; the same command goes on from the last checkpoint"
+            raise UserError(said) from error
