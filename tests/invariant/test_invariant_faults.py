@@ -69,7 +69,7 @@ def test_a_disk_that_is_full_leaves_what_was_whole(tiny, command, tmp_path, unin
 def test_a_reading_process_that_dies_is_named(tiny, command, tmp_path, uninterrupted):
     recipe = long_recipe(tiny, tmp_path, workers=2)
     process = start(recipe, tmp_path / "run")
-    wait_for_step(tmp_path / "run" / "dpt" / "metrics.jsonl", 2, process.poll)
+    wait_for_step(tmp_path / "run" / "dpt" / "metrics.jsonl", 3, process.poll)  # so step 2 is saved
     # Again and again: on a slow machine the first may hit a stage that has been given all its rows already.
     while process.poll() is None:
         for reader in children(process.pid):
@@ -81,7 +81,7 @@ def test_a_reading_process_that_dies_is_named(tiny, command, tmp_path, uninterru
     assert "a process that reads rows died" in err or "DataLoader worker" in err  # the latter while it saves
     done = command("train", recipe, "--out", tmp_path / "run")
     assert done.code == 0, done.err
-    assert "resuming after step" in done.err or "done, skipped" in done.err
+    assert "resuming after step" in done.err
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
