@@ -5,7 +5,7 @@
     python benchmarks/study.py --work runs/again --out runs/again --cell losses/response --seeds 11      # one line anew
 
 A seed decides the student's start, the order of the rows, and the scenes that are drawn. Runs of one seed share the stages
-that they have in common. docs/make_study.py makes the page of the tables.
+that they have in common. docs/make_tables.py puts the tables into docs/study.md.
 """
 
 from __future__ import annotations

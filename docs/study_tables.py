@@ -138,7 +138,7 @@ def losses() -> str:
 
 def terms() -> str:
     """What each term adds to those before it."""
-    pairs = {
+    steps = {
         "response KL, to cross-entropy": ("losses/response", CONTROL),
         "visual KL, to response KL": ("losses/response + visual", "losses/response"),
         "relation, to response and visual KL": (MAIN, "losses/response + visual"),
@@ -148,8 +148,7 @@ def terms() -> str:
         "`dpt` instead of `pt`, before `sft`, `dft`": (MAIN, "recipes/pt-sft-dft"),
         "`dft` instead of `sft`, after `dpt`, `sft`": (MAIN, "recipes/dpt-sft-sft"),
     }
-    known = {what: pair for what, pair in pairs.items() if all(cell in cells() for cell in pair)}
-    return table(["what is added", "difference", "p"], [(what, *told(*pair)) for what, pair in known.items()])
+    return table(["what is added", "difference", "p"], [(what, *told(*pair)) for what, pair in steps.items()])
 
 
 def beside_the_paper() -> str:
@@ -167,10 +166,9 @@ def pairs(part: str, header: str) -> str:
     settings = list(dict.fromkeys(cell.partition("/")[2].rpartition(", ")[0] for cell in ordered(part)))
     found = {setting: (f"{part}/{setting}, distilled", f"{part}/{setting}, control") for setting in settings}
     found["30% wrong" if part == "answers" else "3,000 scenes"] = (MAIN, CONTROL)
-    known = {setting: pair for setting, pair in found.items() if all(cell in cells() for cell in pair)}
     rows = [
         (setting, mean(shares(two).values()), mean(shares(one).values()), *told(one, two))
-        for setting, (one, two) in known.items()
+        for setting, (one, two) in found.items()
     ]
     return table([header, "`pt-sft-sft`, %", "`dpt-sft-dft`, %", "difference", "p"], rows)
 
@@ -221,18 +219,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "study terms": terms,
     "study segments": segments,
     "study paper": beside_the_paper,
-    "headline": headline,
-}
-
-
-LATER = {
     "study answers": lambda: pairs("answers", "training answers"),
     "study data": lambda: pairs("data", "scenes"),
     "study teachers": teachers,
+    "headline": headline,
 }
-TABLES |= {
-    name: make for name, make in LATER.items() if ordered(name.partition(" ")[2])
-}  # the page gets them with their runs
 
 
 def draw() -> None:
