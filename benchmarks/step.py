@@ -130,7 +130,7 @@ def agreement(case: Case) -> list[dict[str, Any]]:
     del exact
     found["reference"] = released_gradients(case, case.models.narrow, case.models.teacher)
     state = prepared(case.stage, case.models.student, case.teacher, vocab_size=len(case.models.student.head))
-    told = trainer._forward(state, case.batch, case.counts)
+    told = trainer._forward(state, case.host, case.counts)
     state.accelerator.backward(told.total)
     found["ours"] = told.parts, taken_gradients(case.models.student)
     lines = []

@@ -22,6 +22,7 @@ from llavakd.config import Recipe, StageConfig, load_recipe
 from llavakd.data.chat import IGNORE_INDEX, Segment
 from llavakd.data.collate import Batch
 from llavakd.losses.objective import Counts, count
+from llavakd.models.fast import attend_by_rows
 from llavakd.models.student import VisionLanguageModel, student_config
 from llavakd.train import step as trainer
 from llavakd.train.step import set_learning_rate
@@ -64,7 +65,10 @@ TINY = Size(
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """One way to compute a step; `compiled` names models, `optimizer` is the trainer's whole `train_step`."""
+    """One way to compute a step; `compiled` names models, `optimizer` is the trainer's whole `train_step`.
+
+    budget: share of the activations that a compiled layer may keep; it makes the rest again, cheapest first.
+    """
 
     name: str
     released: bool = False
@@ -73,6 +77,7 @@ class Contender:
     compiled: tuple[str, ...] = ()
     checkpointing: bool = False
     optimizer: bool = False
+    budget: float = 1.0
 
 
 BOTH = ("teacher", "student")
@@ -90,6 +95,10 @@ CONTENDERS = (
     Contender(name="ours, both compiled, train_step", compiled=BOTH, optimizer=True),
     Contender(name="ours, checkpointing", checkpointing=True),
     Contender(name="ours, both compiled, checkpointing", compiled=BOTH, checkpointing=True),
+    *(
+        Contender(name=f"ours, both compiled, budget {share}", compiled=BOTH, budget=share)
+        for share in (0.9, 0.8, 0.7, 0.5)
+    ),
 )
 
 
@@ -170,10 +179,12 @@ def cast(model: VisionLanguageModel, dtype: torch.dtype) -> None:
 
 
 def compile_modules(model: VisionLanguageModel, backend: str, compile_whole: bool) -> dict[nn.Module, Any]:
-    """Compiled calls of the decoder, or of each of its layers, which share one graph; nothing is switched on yet."""
-    decoder: Any = model.parts()["language_model"]
+    """Compiled calls of the decoder, or of each of its and the tower's layers; nothing is switched on yet."""
+    stacks = [module for module in model.model.modules() if isinstance(module, nn.ModuleList)]
     found = {}
-    for module in [decoder] if compile_whole else decoder.layers:
+    for module in (
+        [model.parts()["language_model"]] if compile_whole else [layer for stack in stacks for layer in stack]
+    ):
         module.compile(backend=backend, dynamic=False)
         found[module], module._compiled_call_impl = module._compiled_call_impl, None
     return found
@@ -183,6 +194,13 @@ def compile_modules(model: VisionLanguageModel, backend: str, compile_whole: boo
 def switched(models: Models, contender: Contender) -> Iterator[None]:
     """The models as this contender wants them, and back."""
     student = models.student.model
+    for model in (models.student.model, models.teacher.model):
+        model.model.language_model.set_attn_implementation("sdpa")
+        if student.device.type == "cuda" and not contender.released:
+            attend_by_rows(model)
+    if contender.budget != torch._functorch.config.activation_memory_budget:
+        torch._functorch.config.activation_memory_budget = contender.budget
+        torch.compiler.reset()
     if contender.checkpointing:
         student.gradient_checkpointing_enable()
     for name in contender.compiled:
@@ -281,18 +299,17 @@ def our_step(case: Case, contender: Contender) -> tuple[Step, Callable[[], int]]
             trainer.train_step(state, [case.host], step=0)
             return
         with timed_calls(clock):
-            total = trainer._forward(state, case.batch, case.counts).total
+            total = trainer._forward(state, case.host, case.counts).total
         with clock("backward"):
             state.accelerator.backward(total)
         student.model.zero_grad()
 
-    moments = state.optimizer.state
-    return (
-        step,
-        lambda: (
-            standing(student, teacher) + sum(tensor.nbytes for held in moments.values() for tensor in held.values())
-        ),
-    )
+    def stands() -> int:
+        moments = sum(tensor.nbytes for held in state.optimizer.state.values() for tensor in held.values())
+        unneeded = sum(p.nbytes for p in teacher.parts()["vision_tower"].parameters()) if teacher else 0
+        return standing(student, teacher) - unneeded + moments  # the pipeline frees the teacher's tower
+
+    return step, stands
 
 
 @contextmanager

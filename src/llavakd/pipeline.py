@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import platform
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from llavakd.config import DataConfig, EvaluationConfig, Recipe, StageConfig, TeacherConfig, resolve_paths
 from llavakd.data.collate import RowDataset, Source
@@ -21,6 +22,7 @@ from llavakd.data.samples import Samples, load_samples
 from llavakd.errors import UserError
 from llavakd.evaluate import evaluate_model
 from llavakd.models.alignment import align
+from llavakd.models.fast import attend_by_rows, compile_layers
 from llavakd.models.student import add_updates, build_student, load_student, load_teacher, save_model, vision_features
 from llavakd.preflight import check_before_training, claim_folder, used_sources
 from llavakd.progress import bar, say
@@ -97,12 +99,16 @@ def draw_world(recipe: Recipe, out: Path) -> None:
 
 def _make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
     learns = any("vision_tower" in stage.train for stage in recipe.stages)
+    # The tower's layers past the selected one never get a gradient.
+    handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=learns)]
+    if torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # Counts are summed on the CPU, so that no step waits for its device.
+        handlers.append(InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl"))
     accelerator = Accelerator(
         mixed_precision="bf16" if recipe.precision == "bf16" else "no",
         log_with=list(recipe.trackers) or None,
         project_dir=str(out / "trackers"),
-        # The tower's layers past the selected one never get a gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=learns)],
+        kwargs_handlers=handlers,
     )
     accelerator.init_trackers(recipe.name)
     return accelerator
@@ -158,6 +164,8 @@ def _train(run: Run, stage: StageConfig, before: StageConfig | None) -> dict[str
     updates = add_updates(student, stage.lora_rank, seed=recipe.seed) if stage.lora_rank else None
     teacher = load_teacher(recipe.teacher) if stage.losses.distils and recipe.teacher else None
     pair = align(student, teacher) if teacher else None
+    if teacher and pair and pair.shared_tower and "vision_tower" not in stage.train:
+        del teacher.model.model.vision_tower  # the student's serves both
     if pair and accelerator.is_main_process:
         say(pair.note)
     module = StudentModule(student, stage, pair.vocab_size if pair else None)
@@ -167,6 +175,11 @@ def _train(run: Run, stage: StageConfig, before: StageConfig | None) -> dict[str
     learning: dict[str, Any] = {"module": module, "optimizer": optimizer}
     state = TrainState(accelerator=accelerator, **learning, student=student, teacher=teacher, pair=pair, stage=stage)
     dataset = _dataset(run, state)
+    for model in [student.model, *([teacher.model] if teacher else [])]:
+        if accelerator.device.type == "cuda" and recipe.precision == "bf16":
+            attend_by_rows(model)
+        if recipe.compile:
+            compile_layers(model)
     if recipe.gradient_checkpointing:
         student.model.gradient_checkpointing_enable()
     student.model.train()
