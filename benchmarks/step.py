@@ -273,7 +273,7 @@ def run(results: Results, size: Size, device: str, *, compile_whole: bool, table
             place = {"stage": stage, "rows": 2}
             case = make_case(recipe, stage, models, size, 2, device)
             results.note("agreement", place, partial(agreement, case))
-        plan = [("dft", most, CONTENDERS), ("dpt", most, (REFERENCE, CONTENDERS[1], OURS, FAST, CONTENDERS[-1]))]
+        plan = [("dft", most, CONTENDERS), ("dpt", most, (REFERENCE, CONTENDERS[1], OURS, FAST, *CONTENDERS[-2:]))]
         plan += [("sft", most, (REFERENCE, OURS, FAST))]
         plan += [(stage, rows, (REFERENCE, OURS, FAST)) for rows in fewer for stage in ("dft", "dpt")]
         for stage, rows, contenders in plan:

@@ -16,8 +16,8 @@ from llavakd.losses.products import accumulate, exact_dtype, gradient_dtype, ope
 from llavakd.transfer import sent
 
 IGNORE_INDEX = -100
-CHUNK_BYTES = {"cpu": 2**26, "cuda": 17 * 2**26}  # logits of one chunk, both models, and the gradients kept of some
-GRADIENT_CHUNKS = 3  # whose gradients go into one product: each adds to the whole head's gradient
+CHUNK_BYTES = {"cpu": 2**26, "cuda": 19 * 2**26}  # logits of one chunk, both models, and the gradients kept of some
+GRADIENT_CHUNKS = 4  # whose gradients go into one product: each adds to the whole head's gradient
 _TILE = 256  # rows of a product's tile on a Hopper GPU
 # Of a chunk: (student logits, where their gradient goes, ce_weight, kl_weight, labels, *given) -> (CE, divergence)
 Score = Callable[..., tuple[Tensor, Tensor]]
