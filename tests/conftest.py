@@ -116,10 +116,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
     from llavakd.config import StudentConfig
     from llavakd.models.student import build_student, save_model
-    from llavakd.shapes import write_world
+    from llavakd.shapes import WorldConfig, write_world
 
     root = tmp_path_factory.mktemp("tiny")
-    write_world(root / "world", scenes=48, seed=3, test_questions=12)
+    write_world(root / "world", WorldConfig(scenes=48, seed=3, test_questions=12))
     parts = root / "parts"
     write_parts(parts)
     small = {"num_hidden_layers": 2, "num_attention_heads": 2}

@@ -14,7 +14,7 @@ from rich.markdown import Markdown
 
 from llavakd.config import DataConfig, EvaluationConfig, MetricName, TeacherConfig, TemplateName, load_recipe
 from llavakd.errors import UserError
-from llavakd.progress import Interrupted, bar, say
+from llavakd.progress import Interrupted, say
 from llavakd.templates import render
 
 app = typer.Typer(help=__doc__, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -97,12 +97,11 @@ def shapes(
     directory: Path, scenes: int = 2000, seed: int = 0, test_questions: int = 1000, noise: float = 0.0, workers: int = 1
 ) -> None:
     """Write the built-in miniature world as a LLaVA-format folder."""
-    from llavakd.shapes import write_world
+    from llavakd.shapes import WorldConfig, write_world
 
-    numbers: Any = dict(scenes=scenes, seed=seed, test_questions=test_questions, noise=noise, workers=workers)
-    with bar("draw", scenes) as advance:
-        summary = write_world(directory, **numbers, progress=lambda done, total: advance(done * scenes // total))
-    typer.echo(f"{directory}: {summary.pictures} pictures, rows {summary.rows}")
+    world = WorldConfig(scenes=scenes, seed=seed, test_questions=test_questions, noise=noise)
+    pictures, rows = write_world(directory, world, workers=workers)
+    typer.echo(f"{directory}: {pictures} pictures, rows {rows}")
 
 
 def evaluate(
