@@ -28,9 +28,9 @@ class Answer(NamedTuple):
         return self.sample.turns[-1].text
 
 
-def is_correct(prediction: str, truth: str) -> bool:
+def exact_match(answer: Answer) -> bool:
     """Exact match after folding case, outer white space and a final full stop."""
-    return _fold(prediction) == _fold(truth)
+    return _fold(answer.prediction) == _fold(answer.truth)
 
 
 def vqa_accuracy(answer: Answer) -> float:
@@ -54,7 +54,7 @@ def yes_no(answer: Answer) -> bool:
 
 
 METRICS: dict[str, Callable[[Answer], float]] = {
-    "exact_match": lambda answer: is_correct(answer.prediction, answer.truth),
+    "exact_match": exact_match,
     "vqa_accuracy": vqa_accuracy,
     "option_letter": option_letter,
     "yes_no": yes_no,
