@@ -146,8 +146,7 @@ def report(runs: list[Path], out: Path | None = None) -> None:
     from llavakd.report import write_report
 
     folder = out or runs[0]
-    write_report(runs, folder)
-    _show("results.md.jinja", json.loads((folder / "results.json").read_text(encoding="utf-8")))
+    _show("results.md.jinja", write_report(runs, folder))
     typer.echo(f"Report: {folder / 'report.html'}")
 
 
