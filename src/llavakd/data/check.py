@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader
@@ -21,14 +21,8 @@ HARMLESS = ("truncated", "duplicate")  # kinds of finding with which a row still
 _CHUNK = 256
 _SEGMENTS = (Segment.VISUAL, Segment.PROMPT, Segment.RESPONSE)
 Reader = tuple[ChatRenderer, Any]  # how one model reads a row: template and tokenizer, and its picture processor
-
-
-class Look(NamedTuple):
-    """What is seen of a row: a digest of what it says, its tokens by segment once if it renders, what is wrong by kind."""
-
-    digest: int
-    tokens: list[list[int]]
-    wrong: dict[str, str]
+# What is seen of a row: a digest of what it says, its tokens by segment once if it renders, what is wrong by kind.
+Look = tuple[int, list[list[int]], dict[str, str]]
 
 
 def check_source(
@@ -61,13 +55,12 @@ def check_source(
     options: dict[str, Any] = {"dataset": samples, "num_workers": workers if workers > 1 else 0}
     look_at = partial(_look_at, data, readers, fast, set())
     for looks in DataLoader(**options, batch_size=_CHUNK, collate_fn=look_at, worker_init_fn=_alone):
-        for index, look in enumerate(looks, done):
-            if (same := first.setdefault(look.digest, index)) != index:
-                look.wrong["duplicate"] = f"the same as row {samples[same].id!r}"
-            for kind, message in sorted(look.wrong.items()):
-                findings.append({"row": samples[index].id, "kind": kind, "message": message})
-            tokens += look.tokens
-            good += [index] if look.wrong.keys() <= {"truncated"} else []
+        for index, (digest, counts, wrong) in enumerate(looks, done):
+            if (same := first.setdefault(digest, index)) != index:
+                wrong["duplicate"] = f"the same as row {samples[same].id!r}"
+            findings += [{"row": samples[index].id, "kind": kind, "message": wrong[kind]} for kind in sorted(wrong)]
+            tokens += counts
+            good += [index] if wrong.keys() <= {"truncated"} else []
         progress(done := done + len(looks), len(samples))
     if clean is not None:
         _write_clean(samples, good, clean)
@@ -84,20 +77,20 @@ def _look_at(
     data: DataConfig, readers: Sequence[Reader], fast: bool, sizes: set[tuple[int, int]], chunk: Sequence[Sample]
 ) -> list[Look]:
     """What is seen of some rows; `sizes`, those of the pictures that the processors took, grows from call to call."""
-    looks = [Look(_digest(sample), [], {}) for sample in chunk]
+    looks: list[Look] = [(_digest(sample), [], {}) for sample in chunk]
     for number, (renderer, _) in enumerate(readers):
-        for look, text in zip(looks, renderer.render_each(chunk), strict=True):
+        for (_, tokens, wrong), text in zip(looks, renderer.render_each(chunk), strict=True):
             if isinstance(text, DataError):
-                look.wrong["text"] = str(text)
+                wrong["text"] = str(text)
             elif number == 0:
-                look.tokens.append([text.segments.count(segment) for segment in _SEGMENTS])
+                tokens.append([text.segments.count(segment) for segment in _SEGMENTS])
                 if text.truncated:
-                    look.wrong["truncated"] = f"cut at max_length {data.max_length}"
-    for look, sample in zip(looks, chunk, strict=True) if not fast else ():
+                    wrong["truncated"] = f"cut at max_length {data.max_length}"
+    for (*_, wrong), sample in zip(looks, chunk, strict=True) if not fast else ():
         try:
             pictures = [read_image(data, name) for name in sample.images]
         except DataError as error:
-            look.wrong["picture"] = str(error)
+            wrong["picture"] = str(error)
             continue
         new = {picture.size: picture for picture in pictures if picture.size not in sizes}
         for _, processor in readers if new else ():  # whether it can take a picture depends on nothing else

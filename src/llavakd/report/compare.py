@@ -1,4 +1,4 @@
-"""Averages, intervals, differences to the control and how they are written."""
+"""Averages, intervals and differences to the control."""
 
 import math
 from collections.abc import Sequence
@@ -92,13 +92,3 @@ def mean(rows: Sequence[Row], *path: str) -> float | None:
     for key in path:
         values = [value[key] for value in values if value.get(key) is not None]
     return fmean(values) if values else None
-
-
-def number(value: float | None, decimals: int = 0) -> str:
-    """Write a number, or "-" where there is none."""
-    return "-" if value is None else f"{value:,.{decimals}f}"
-
-
-def interval(share: float, half: float, sign: str = "") -> str:
-    """Write a share and the half-width of its interval as percentages."""
-    return f"{100 * share:{sign}.1f} ± {100 * half:.1f}"
