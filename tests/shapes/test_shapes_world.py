@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from shapes_oracle import answer_of
 
-from llavakd.shapes import WorldConfig, write_world
+from llavakd.config import WorldConfig
+from llavakd.shapes import write_world
 from llavakd.shapes.questions import KINDS
 from llavakd.shapes.scenes import (
     COLORS,

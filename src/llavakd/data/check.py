@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from llavakd.config import DataConfig
 from llavakd.data.chat import ChatRenderer, Segment
 from llavakd.data.files import DataError, is_table
 from llavakd.data.pictures import read_image
-from llavakd.data.samples import Sample, Samples, load_samples
+from llavakd.data.samples import Sample, load_samples
 
 HARMLESS = ("truncated", "duplicate")  # kinds of finding with which a row still trains
 _CHUNK = 256
 _SEGMENTS = (Segment.VISUAL, Segment.PROMPT, Segment.RESPONSE)
 Reader = tuple[ChatRenderer, Any]  # how one model reads a row: template and tokenizer, and its picture processor
 # What is seen of a row: a digest of what it says, its tokens by segment once if it renders, what is wrong by kind.
-Look = tuple[int, list[list[int]], dict[str, str]]
+Look = tuple[bytes, list[list[int]], dict[str, str]]
 
 
 def check_source(
@@ -48,13 +48,13 @@ def check_source(
     samples = load_samples(data, max_bad_rows=1.0, find_pictures=True)
     rows = (mistake.partition(": ") for mistake in samples.mistakes)
     findings = [{"row": row, "kind": "row", "message": message} for row, _, message in rows]
-    first: dict[int, int] = {}  # the first row of each digest
+    first: dict[bytes, int] = {}  # the first row of each digest
     tokens: list[list[int]] = []
     good: list[int] = []
     done, workers = 0, min(workers or os.cpu_count() or 1, len(samples) // _CHUNK + 1)
     options: dict[str, Any] = {"dataset": samples, "num_workers": workers if workers > 1 else 0}
     look_at = partial(_look_at, data, readers, fast, set())
-    for looks in DataLoader(**options, batch_size=_CHUNK, collate_fn=look_at, worker_init_fn=_alone):
+    for looks in DataLoader(**options, batch_size=_CHUNK, collate_fn=look_at):
         for index, (digest, counts, wrong) in enumerate(looks, done):
             if (same := first.setdefault(digest, index)) != index:
                 wrong["duplicate"] = f"the same as row {samples[same].id!r}"
@@ -63,7 +63,11 @@ def check_source(
             good += [index] if wrong.keys() <= {"truncated"} else []
         progress(done := done + len(looks), len(samples))
     if clean is not None:
-        _write_clean(samples, good, clean)
+        with clean.open("w", encoding="utf-8") as file:
+            for number, index in enumerate(good):
+                file.write(",\n" if number else "[\n")
+                json.dump(samples.raw(index), file, ensure_ascii=False)
+            file.write("\n]\n" if good else "[]\n")
     return {
         "rows": samples.rows,
         "unusable": len({finding["row"] for finding in findings if finding["kind"] not in HARMLESS}),
@@ -77,7 +81,10 @@ def _look_at(
     data: DataConfig, readers: Sequence[Reader], fast: bool, sizes: set[tuple[int, int]], chunk: Sequence[Sample]
 ) -> list[Look]:
     """What is seen of some rows; `sizes`, those of the pictures that the processors took, grows from call to call."""
-    looks: list[Look] = [(_digest(sample), [], {}) for sample in chunk]
+    if get_worker_info():
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken by other workers
+    said = [repr((sample.images, [(turn.role, turn.text) for turn in sample.turns])) for sample in chunk]
+    looks: list[Look] = [(hashlib.blake2b(text.encode(), digest_size=8).digest(), [], {}) for text in said]
     for number, (renderer, _) in enumerate(readers):
         for (_, tokens, wrong), text in zip(looks, renderer.render_each(chunk), strict=True):
             if isinstance(text, DataError):
@@ -99,28 +106,8 @@ def _look_at(
     return looks
 
 
-def _alone(worker: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken by other workers
-
-
-def _digest(sample: Sample) -> int:
-    text = repr((sample.images, [(turn.role, turn.text) for turn in sample.turns]))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
 def _histogram(tokens: np.ndarray) -> dict[str, dict[str, float]]:
-    columns = {"mean": tokens.mean(0), "median": np.median(tokens, 0)}
-    columns |= {"95 %": np.percentile(tokens, 95, 0), "largest": tokens.max(0)}
-    return {
-        segment.name.lower(): {label: float(values[index]) for label, values in columns.items()}
-        for index, segment in enumerate(_SEGMENTS)
-    }
-
-
-def _write_clean(samples: Samples, indices: Sequence[int], path: Path) -> None:
-    """A JSON list of these rows as they stand in the file."""
-    with path.open("w", encoding="utf-8") as file:
-        for number, index in enumerate(indices):
-            file.write(",\n" if number else "[\n")
-            json.dump(samples.raw(index), file, ensure_ascii=False)
-        file.write("\n]\n" if indices else "[]\n")
+    labels = ("mean", "median", "95 %", "largest")
+    columns = np.stack([tokens.mean(0), *np.percentile(tokens, [50, 95, 100], axis=0)], axis=1).tolist()
+    named = zip([segment.name.lower() for segment in _SEGMENTS], columns, strict=True)
+    return {name: dict(zip(labels, column, strict=True)) for name, column in named}

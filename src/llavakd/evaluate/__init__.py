@@ -84,8 +84,7 @@ def generate_answers(
             ids = {"input_ids": [prompts[index] for index in chunk]}
             inputs = tokenizer.pad(ids, padding_side="left", return_attention_mask=True, return_tensors="pt").to(device)
             if names := [name for index in chunk for name in samples[index].images]:
-                pixels = load_pixels(data, names, model.image_processor)
-                inputs["pixel_values"] = pixels.to(device, model.model.dtype)
+                inputs["pixel_values"] = load_pixels(data, names, model.image_processor).to(device, model.model.dtype)
             output = model.model.generate(**inputs, **ends, do_sample=False, max_new_tokens=evaluation.max_new_tokens)
             texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             said |= zip(chunk, (text.strip() for text in texts), strict=True)

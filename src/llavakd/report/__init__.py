@@ -20,8 +20,7 @@ def write_report(runs: Sequence[Path], out: Path) -> dict[str, Any]:
     """
     results = collect(runs)
     merged = {"rows": [row.raw for row in results.rows], "environment": results.environment}
-    table = json.dumps(merged, indent=2, ensure_ascii=False) + "\n"
-    written = {"results.json": table, **texts(results)}
+    written = {"results.json": json.dumps(merged, indent=2, ensure_ascii=False) + "\n", **texts(results)}
     out.mkdir(parents=True, exist_ok=True)
     for name, text in written.items():
         draft = out / f".report-{name}"
