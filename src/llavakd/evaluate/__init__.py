@@ -21,8 +21,6 @@ from llavakd.models.alignment import align
 from llavakd.models.student import VisionLanguageModel, final_hidden, vision_features
 from llavakd.progress import bar
 
-__all__ = ["compare_segments", "evaluate_model", "generate_answers", "score"]
-
 _COMPARED_ROWS = 256  # at most, spread evenly over the file
 
 

@@ -10,8 +10,6 @@ from llavakd.report import compare, plots
 from llavakd.report.results import Results, collect
 from llavakd.templates import render
 
-__all__ = ["collect", "pick_cases", "texts", "write_report"]
-
 
 def write_report(runs: Sequence[Path], out: Path) -> dict[str, Any]:
     """Merge finished runs, write `results.json`, `report.md` and `report.html` to `out`; returns what results.json holds.
