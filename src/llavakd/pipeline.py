@@ -90,11 +90,8 @@ def evaluate_folder(
 
 def draw_world(recipe: Recipe, out: Path) -> None:
     """Draw the recipe's world, if it has one, into OUT/world, unless it is there."""
-    if recipe.world and not (out / "world").is_dir():
-        settings, scenes = asdict(recipe.world), recipe.world.scenes
-        with bar("draw the world", scenes) as advance:
-            settings["progress"] = lambda done, total: advance(done * scenes // total)
-            write_folder(out / "world", lambda partial: write_world(partial, **settings), flush=False)
+    if (world := recipe.world) and not (out / "world").is_dir():
+        write_folder(out / "world", lambda partial: write_world(partial, world), flush=False)
 
 
 def _make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
