@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,12 +19,13 @@ from plan_measured import BEFORE, batch_of, prepared, stage_of, whole
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from llavakd.config import Recipe, StageConfig, load_recipe
+from llavakd.config import LossConfig, Recipe, StageConfig, load_recipe
 from llavakd.data.chat import IGNORE_INDEX, Segment
 from llavakd.data.collate import Batch
-from llavakd.losses.objective import Counts, count
+from llavakd.losses.objective import Counts, count, objective
 from llavakd.models.fast import _KEPT, attend_by_rows
-from llavakd.models.student import VisionLanguageModel, student_config
+from llavakd.models.quantized import quantize
+from llavakd.models.student import VisionLanguageModel, final_hidden, student_config, vision_features
 from llavakd.train import step as trainer
 from llavakd.train.step import set_learning_rate
 from losses import released_parts
@@ -68,6 +70,7 @@ class Contender:
     """One way to compute a step; `compiled` names models, `optimizer` is the trainer's whole `train_step`.
 
     budget: share of the activations that a compiled layer may keep; it makes the rest again, cheapest first.
+    quantize: what a copy of the teacher is quantised to, None where the teacher itself is run.
     """
 
     name: str
@@ -78,11 +81,13 @@ class Contender:
     checkpointing: bool = False
     optimizer: bool = False
     budget: float = _KEPT
+    quantize: str | None = None
 
 
 BOTH = ("teacher", "student")
 REFERENCE = Contender(name="reference", released=True)
 FAST = Contender(name="ours, both compiled", compiled=BOTH)
+QUANTIZED = Contender(name="ours, both compiled, fp8 teacher", compiled=BOTH, quantize="fp8")
 OURS = Contender(name="ours")
 CONTENDERS = (
     REFERENCE,
@@ -91,6 +96,7 @@ CONTENDERS = (
     OURS,
     Contender(name="ours, teacher compiled", compiled=("teacher",)),
     FAST,
+    QUANTIZED,
     Contender(name="ours, student compiled", compiled=("student",)),
     Contender(name="ours, both compiled, train_step", compiled=BOTH, optimizer=True),
     Contender(name="ours, checkpointing", checkpointing=True),
@@ -104,13 +110,14 @@ CONTENDERS = (
 class Models:
     """Student in float32, the same numbers in bfloat16 (`narrow`), teacher in bfloat16; the towers are equal.
 
-    compiled: for each model, what a call of each of its compiled modules goes to.
+    compiled: for each model, what a call of each of its compiled modules goes to; `compile` makes that of another one.
     """
 
     student: VisionLanguageModel
     narrow: VisionLanguageModel
     teacher: VisionLanguageModel
     compiled: dict[str, dict[nn.Module, Any]]
+    compile: Callable[[VisionLanguageModel], dict[nn.Module, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +163,9 @@ def make_models(recipe: Recipe, size: Size, device: str, compile_whole: bool) ->
     cast(student, torch.bfloat16)
     narrow = copy.deepcopy(student)
     cast(student, torch.float32)
-    compiled = {name: compile_modules(model, size.backend, compile_whole) for name, model in made.items()}
-    return Models(student=student, narrow=narrow, teacher=teacher, compiled=compiled)
+    compiler = partial(compile_modules, backend=size.backend, compile_whole=compile_whole)
+    compiled = {name: compiler(model) for name, model in made.items()}
+    return Models(student=student, narrow=narrow, teacher=teacher, compiled=compiled, compile=compiler)
 
 
 def shrink(config: Any, size: Size, width: int) -> None:
@@ -226,6 +234,23 @@ def make_case(recipe: Recipe, stage: str, models: Models, size: Size, rows: int,
     host = host.pin_memory() if device == "cuda" else host  # as the loader hands it out
     batch = host.to(torch.device(device))
     return Case(stage=stage_of(recipe, stage), models=models, host=host, batch=batch, counts=counts)
+
+
+@torch.no_grad()
+def quantized(case: Case, kind: str) -> tuple[Case, dict[str, float]]:
+    """The case with a quantised copy of its teacher, and how far that is from it on the batch: mean KL, nats a token."""
+    exact, teacher, batch = case.models.teacher, copy.deepcopy(case.models.teacher), case.batch
+    quantize(teacher, kind)
+    assert batch.pixel_values is not None, "a case has pictures"
+    visual, features = batch.segments == Segment.VISUAL, vision_features(exact.model, batch.pixel_values.bfloat16())
+    given = batch.input_ids, batch.attention_mask, visual, features
+    sides = [side for one in (teacher, exact) for side in (final_hidden(one.model, *given), one.head)]
+    where = {"labels": batch.labels, "visual": visual, "image_rows": batch.image_rows, "counts": case.counts}
+    found = objective(*sides, **where, losses=LossConfig(response_kl=1.0, visual_kl=1.0), reduction="token")
+    compiled = case.models.compiled | {"teacher": case.models.compile(teacher)}
+    models = dataclasses.replace(case.models, teacher=teacher, compiled=compiled)
+    drift = {name: float(value) for name, value in found.parts.items()}
+    return dataclasses.replace(case, models=models), drift
 
 
 def untimed(name: str) -> AbstractContextManager[None]:

@@ -48,7 +48,8 @@ class TeacherConfig:
 
     path: str
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    quantization: Literal["none"] = "none"
+    quantize: Literal["none", "fp8", "int8"] = "none"
+    max_drift: Weight = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
