@@ -160,8 +160,10 @@ def released_gradients(
 
 def row_of(batch: Batch, row: int) -> Batch:
     """One row with its picture."""
-    cut: dict[str, Any] = {name: held[row : row + 1] for name, held in vars(batch).items() if isinstance(held, Tensor)}
-    return dataclasses.replace(batch, **cut | {"image_rows": torch.zeros_like(cut["image_rows"])})
+    cut: dict[str, Any] = {
+        name: held[row : row + 1] for name, held in batch._asdict().items() if isinstance(held, Tensor)
+    }
+    return batch._replace(**cut | {"image_rows": torch.zeros_like(cut["image_rows"])})
 
 
 def taken_gradients(model: VisionLanguageModel) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,15 +12,17 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from plan_llava_kd import RECIPES, local, write_configs
 from plan_measured import BEFORE, batch_of, prepared, stage_of, whole
 from torch import Tensor, nn
 from transformers import AutoConfig
 
 from llavakd.config import Recipe, StageConfig, load_recipe
-from llavakd.data.chat import IGNORE_INDEX, Segment
+from llavakd.data.chat import Segment
 from llavakd.data.collate import Batch
 from llavakd.losses.objective import Counts, count
+from llavakd.losses.rows import IGNORE_INDEX
 from llavakd.models.student import VisionLanguageModel, student_config
 from llavakd.train import step as trainer
 from llavakd.train.step import set_learning_rate
@@ -205,9 +206,9 @@ def make_case(recipe: Recipe, stage: str, models: Models, size: Size, rows: int,
     sizes = {"visual": size.visual, "text": size.text, "image": size.image}
     host = batch_of(rows, size.response, **sizes, vocabulary=size.vocabulary - 1, padding=0)
     visual = host.segments == Segment.VISUAL
-    host = dataclasses.replace(host, input_ids=host.input_ids.masked_fill(visual, size.vocabulary - 1))
+    host = host._replace(input_ids=host.input_ids.masked_fill(visual, size.vocabulary - 1))
     counts = count(host.labels, visual, host.image_rows)
-    batch = host.to(torch.device(device))
+    batch = send_to_device(host, torch.device(device), non_blocking=True)
     return Case(stage=stage_of(recipe, stage), models=models, host=host, batch=batch, counts=counts)
 
 

@@ -96,7 +96,7 @@ def stock_logits(model, batch):
 def expected_parts(student, teacher, batch) -> dict[str, float]:
     """The parts by the letter of the paper, each a mean over rows of row means, from the logits of stock models."""
     own = batch.pixel_values if batch.teacher_pixel_values is None else batch.teacher_pixel_values
-    ours, theirs = stock_logits(student, batch), stock_logits(teacher, dataclasses.replace(batch, pixel_values=own))
+    ours, theirs = stock_logits(student, batch), stock_logits(teacher, batch._replace(pixel_values=own))
     kl = (theirs.softmax(-1) * (theirs.log_softmax(-1) - ours.log_softmax(-1))).sum(-1)
     sums = dict.fromkeys(("ce", "response_kl", "visual_kl", "relation"), 0.0)
     for row in range(len(ours)):

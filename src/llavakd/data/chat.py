@@ -1,4 +1,4 @@
-"""`Sample` -> token ids, labels and segments, all written in one pass while the text is laid out."""
+"""`Sample` -> token ids and segments, both written in one pass while the text is laid out."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,8 +10,6 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from llavakd.data.samples import IMAGE_TAG, DataError, Sample, Turn
-
-IGNORE_INDEX = -100
 
 
 class Segment(IntEnum):
@@ -43,10 +41,9 @@ class Template:
 
 @dataclass(frozen=True, kw_only=True)
 class Rendered:
-    """One row: `labels[i]` is `ids[i]` where supervised, else -100; `segments[i]` is a Segment."""
+    """One row: `segments[i]` is the Segment of `ids[i]`; what is supervised is RESPONSE."""
 
     ids: list[int]
-    labels: list[int]
     segments: list[int]
     truncated: bool = False
 
@@ -130,16 +127,15 @@ class ChatRenderer:
                 f"row {sample.id!r}: the pretrain template is for a picture and its caption, got {len(sample.turns)} "
                 f"turns and {sample.turns[0].images} picture(s); use vicuna_v1 or chatml for this source"
             )
-        ids, labels, segments = list[int](), list[int](), list[int]()
+        ids, segments = list[int](), list[int]()
         for (text, kind), piece in zip([("", Segment.PROMPT), *pieces], [self._prefix, *encoded], strict=True):
             if kind == Segment.VISUAL:
                 piece = [self.image_token_id] * self.tokens_per_image * text.count(IMAGE_TAG)
             elif self.image_token_id in piece:
                 raise DataError(f"row {sample.id!r}: {IMAGE_TAG} inside an answer; remove it")
             ids += piece
-            labels += piece if kind == Segment.RESPONSE else [IGNORE_INDEX] * len(piece)
             segments += [int(kind)] * len(piece)
-        return Rendered(ids=ids, labels=labels, segments=segments)
+        return Rendered(ids=ids, segments=segments)
 
     def _cut(self, whole: Rendered, row: str) -> Rendered:
         limit, length = self.max_length, len(whole.ids)
@@ -147,10 +143,7 @@ class ChatRenderer:
             raise DataError(f"row {row!r}: {length} tokens, and max_length {limit} cuts through a picture; raise it")
         if Segment.RESPONSE not in whole.segments[:limit]:
             raise DataError(f"row {row!r}: no token to learn from within max_length {limit}; raise it or drop the row")
-        if length <= limit:
-            return whole
-        ids, labels, segments = whole.ids[:limit], whole.labels[:limit], whole.segments[:limit]
-        return Rendered(ids=ids, labels=labels, segments=segments, truncated=True)
+        return Rendered(ids=whole.ids[:limit], segments=whole.segments[:limit], truncated=length > limit)
 
 
 def end_token_id(template: str, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,10 +1,9 @@
 """Rows -> a `Batch`, padded or packed."""
 
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,14 +12,14 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from llavakd.config import DataConfig
-from llavakd.data.chat import IGNORE_INDEX, ChatRenderer, Rendered, Segment
+from llavakd.data.chat import ChatRenderer, Rendered, Segment
 from llavakd.data.files import DataError
 from llavakd.data.pictures import FeatureStore, load_pixels
 from llavakd.data.samples import Sample, word_lengths
+from llavakd.losses.rows import IGNORE_INDEX
 
 
-@dataclass(frozen=True, kw_only=True)
-class Batch:
+class Batch(NamedTuple):
     """B rows padded on the right to T positions, or one pack of rows behind each other (B = 1), and their P pictures.
 
     input_ids, attention_mask, labels: int64 [B, T]; labels[b, t] belongs to token t itself (unshifted), -100: none.
@@ -30,6 +29,7 @@ class Batch:
     features: the frozen tower's output [P, N, D_v], or None.
     teacher_pixel_values: the same pictures through the teacher's own processor, or None where it shares the student's.
     position_ids: int64 [1, T] of a pack, from 0 in each of its rows; None where rows are padded.
+    mistakes: what is wrong with the rows that could not be used; a single unsupervised token stands for each.
     """
 
     input_ids: Tensor
@@ -41,22 +41,9 @@ class Batch:
     features: Tensor | None = None
     teacher_pixel_values: Tensor | None = None
     position_ids: Tensor | None = None
-    sample_ids: tuple[str, ...] = ()
+    sample_ids: Sequence[str] = ()
     truncated: int = 0
-    mistakes: tuple[str, ...] = ()
-    """What is wrong with the rows that could not be used; a single unsupervised token stands for each."""
-
-    def to(self, device: torch.device) -> Self:
-        """The same batch with its tensors on `device`."""
-        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Self:
-        """Page-locked copy, for the data loader."""
-        return self._with_tensors(Tensor.pin_memory)
-
-    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
-        moved: dict[str, Any] = {name: change(held) for name, held in vars(self).items() if isinstance(held, Tensor)}
-        return dataclasses.replace(self, **moved)
+    mistakes: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +111,7 @@ class RowDataset(Dataset[Row]):
                     if processor is not None:
                         pictures[name] = load_pixels(source.data, sample.images, processor)
         except DataError as error:
-            nothing = Rendered(ids=[source.renderer.end_token_id], labels=[IGNORE_INDEX], segments=[Segment.PROMPT])
+            nothing = Rendered(ids=[source.renderer.end_token_id], segments=[Segment.PROMPT])
             return Row(id=sample.id, text=nothing, mistake=f"row {sample.id!r} left out: {error}")
         return Row(id=sample.id, text=text, **pictures)
 
@@ -160,12 +147,13 @@ def collate(rows: Sequence[Row], *, pad_token_id: int, packed: bool = False) -> 
         held = [getattr(row, part) for row in rows if getattr(row, part) is not None]
         return torch.cat(held) if held else None
 
+    input_ids = laid([row.text.ids for row in rows], pad_token_id)
     segments = laid([row.text.segments for row in rows], Segment.PADDING, torch.uint8)
     owners = [i for i, row in enumerate(rows) for held in (row.pixels, row.features) if held is not None for _ in held]
     return Batch(
-        input_ids=laid([row.text.ids for row in rows], pad_token_id),
+        input_ids=input_ids,
         attention_mask=(segments != Segment.PADDING).long(),
-        labels=laid([row.text.labels for row in rows], IGNORE_INDEX),
+        labels=input_ids.where(segments == Segment.RESPONSE, IGNORE_INDEX),
         segments=segments,
         image_rows=torch.tensor(owners, dtype=torch.int64),
         pixel_values=joined("pixels"),

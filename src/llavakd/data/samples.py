@@ -160,7 +160,7 @@ def _parse_turns(row: dict[str, Any], place: str) -> tuple[Turn, ...]:
         if not turns and role == "assistant":
             continue  # LLaVA drops a leading answer that has no question
         if role != _ROLES[len(turns) % 2]:
-            raise DataError(f"{place}: turn {number} is from {speaker!r} twice in a row; {" and ".join(speakers)} must alternate")
+            raise DataError(f"{place}: turn {number} is from {speaker!r} twice in a row; speakers must alternate")
         # Tags move to the front of their turn, as in LLaVA's preprocessing.
         count = text.count(IMAGE_TAG) if role == "user" else 0
         text = text.replace(IMAGE_TAG, "").strip() if role == "user" else text.strip()

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from llavakd.config import StageConfig
@@ -78,7 +79,7 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch], *, step: int) 
     sums: dict[str, Any] = {}
     for number, batch in enumerate(micro_batches, start=1):
         with contextlib.nullcontext() if number == len(micro_batches) else accelerator.no_sync(state.module):
-            result = _forward(state, batch.to(accelerator.device), counts)
+            result = _forward(state, send_to_device(batch, accelerator.device, non_blocking=True), counts)
             # Wrappers average gradients over processes; the division is already global, so undo it here, once.
             accelerator.backward(result.total * accelerator.num_processes)
         for name, value in {"loss": result.total.detach(), **result.parts}.items():
