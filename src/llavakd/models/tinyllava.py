@@ -20,6 +20,7 @@ from transformers.modeling_utils import load_state_dict
 from llavakd.models import parts
 from llavakd.models.parts import ModelError
 from llavakd.models.student import VisionLanguageModel, outline, save_model
+from llavakd.templates import render
 
 # Head, language model, tower and projector as transformers, TinyLLaVA and LLaVA-1.5 spell them.
 _PARTS = ("lm_head.", "model.language_model.", "model.vision_tower.", "model.multi_modal_projector.")
@@ -69,11 +70,7 @@ def convert(source: Path, target: Path, *, tokenizer: str | None = None, vision_
     model.resize_token_embeddings(model.config.text_config.vocab_size)
     whole = VisionLanguageModel(model=model, tokenizer=words, image_processor=pixels)
     save_model(whole, target, template="vicuna_v1")
-    return (
-        f"{target}: {llava.vision_config.model_type} + {config['connector_type']} + {llava.text_config.model_type}, "
-        f"{dtype}, {llava.image_seq_length} visual tokens, <image> is id {whole.image_token_id}; tokenizer from {words_from}, "
-        f"pixels as {pixels_from}, chat template vicuna_v1"
-    )
+    return render("converted.jinja", target=target, whole=whole, config=config, places=(words_from, pixels_from))
 
 
 def _read_config(source: Path) -> dict[str, Any]:
