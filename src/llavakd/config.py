@@ -213,10 +213,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override (`a.b=c`; a stage by name or number) and check a recipe file; RecipeError where any of it fails."""
     try:
         tree = _read_yaml(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not UTF-8 text: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {getattr(error, 'strerror', error)}") from error
     if not isinstance(tree, dict):
         kind = type(tree).__name__
         raise RecipeError(f"{path} holds a {kind}, expected a mapping with keys name, student, data, ...")

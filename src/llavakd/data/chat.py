@@ -21,6 +21,9 @@ class Segment(IntEnum):
     RESPONSE = 3
 
 
+Piece = tuple[str, Segment, list[int]]  # of a row: its text, what it is, and the text's ids
+
+
 @dataclass(frozen=True, kw_only=True)
 class Template:
     """How turns become text: `system`, then in turn `question` and `answer` + `end` (both supervised) + `after_answer`.
@@ -74,8 +77,7 @@ class ChatRenderer:
     def render(self, sample: Sample) -> Rendered:
         """The whole conversation, cut on the right at `max_length`.
 
-        Raises:
-            DataError: nothing to supervise, a cut through a picture, or a picture tag inside an answer.
+        Raises DataError: nothing to supervise, a cut through a picture, or a picture tag inside an answer.
         """
         (row,) = self.render_each([sample])
         if isinstance(row, DataError):
@@ -84,25 +86,25 @@ class ChatRenderer:
 
     def render_each(self, samples: Sequence[Sample]) -> list[Rendered | DataError]:
         """What becomes of each row, with one call of the tokenizer, which is what costs."""
-        pieces = [self._pieces(sample.turns) for sample in samples]
-        encoded = iter(self._encode([text for row in pieces for text, _ in row]))
         found: list[Rendered | DataError] = []
-        for sample, row in zip(samples, pieces, strict=True):
-            ids = [next(encoded) for _ in row]
+        for sample, pieces in zip(samples, self._encode([sample.turns for sample in samples]), strict=True):
             try:
-                found.append(self._cut(self._lay_out(sample, row, ids), sample.id))
+                found.append(self._cut(self._lay_out(sample, pieces), sample.id))
             except DataError as error:
                 found.append(error)
         return found
 
     def render_prompt(self, sample: Sample) -> list[int]:
         """Ids up to where the last answer would start."""
-        pieces = self._pieces(sample.turns[:-1])
-        return self._lay_out(sample, pieces, self._encode([text for text, _ in pieces])).ids
+        return self._lay_out(sample, *self._encode([sample.turns[:-1]])).ids
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
+    def _encode(self, talks: Sequence[Sequence[Turn]]) -> list[list[Piece]]:
+        """The pieces of each talk with what the tokenizer makes of them."""
+        pieces = [self._pieces(turns) for turns in talks]
+        texts = [text for row in pieces for text, _ in row]
         options = {"add_special_tokens": False, "return_attention_mask": False}
-        return self.tokenizer(texts, **options).input_ids if texts else []  # it cannot take no text
+        encoded = iter(self.tokenizer(texts, **options).input_ids if texts else [])  # it cannot take no text
+        return [[(*piece, next(encoded)) for piece in row] for row in pieces]
 
     def _pieces(self, turns: Sequence[Turn]) -> list[tuple[str, Segment]]:
         """Text in order, whole wherever no label boundary lies; pictures are pieces of IMAGE_TAGs."""
@@ -120,15 +122,14 @@ class ChatRenderer:
         runs = itertools.groupby((piece for piece in pieces if piece[0]), key=lambda piece: piece[1])
         return [("".join(text for text, _ in run), kind) for kind, run in runs]
 
-    def _lay_out(self, sample: Sample, pieces: list[tuple[str, Segment]], encoded: list[list[int]]) -> Rendered:
-        """The row from its pieces and what the tokenizer made of each."""
+    def _lay_out(self, sample: Sample, pieces: list[Piece]) -> Rendered:
         if "{text}" not in self._form.question and (len(sample.turns) > 2 or not sample.turns[0].images):
             raise DataError(
                 f"row {sample.id!r}: the pretrain template is for a picture and its caption, got {len(sample.turns)} "
                 f"turns and {sample.turns[0].images} picture(s); use vicuna_v1 or chatml for this source"
             )
         ids, segments = list[int](), list[int]()
-        for (text, kind), piece in zip([("", Segment.PROMPT), *pieces], [self._prefix, *encoded], strict=True):
+        for text, kind, piece in [("", Segment.PROMPT, self._prefix), *pieces]:
             if kind == Segment.VISUAL:
                 piece = [self.image_token_id] * self.tokens_per_image * text.count(IMAGE_TAG)
             elif self.image_token_id in piece:

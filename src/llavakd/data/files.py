@@ -2,7 +2,6 @@
 
 import codecs
 import json
-import os
 import re
 from collections.abc import Iterator
 from functools import lru_cache
@@ -23,8 +22,7 @@ class DataError(UserError):
 def scan(path: Path) -> Iterator[tuple[tuple[int, int], Any]]:
     """((where, how long), row) of every row in order, holding a few of them at a time.
 
-    Raises:
-        DataError: an unreadable file, or one that is neither a list nor lines of JSON nor a table.
+    Raises DataError: an unreadable file, or one that is neither a list nor lines of JSON nor a table.
     """
     if is_table(path):
         yield from (((index, 1), row_at(path, (index, 1))) for index in range(len(_table(str(path)))))
@@ -42,7 +40,9 @@ def row_at(path: Path, place: tuple[int, int]) -> Any:
     """The row that `scan` found at this place; pictures inside a table become the names `@ROW/NUMBER`."""
     start, size = place
     if not is_table(path):
-        return json.loads(os.pread(_descriptor(str(path), os.getpid()), size, start))
+        with path.open("rb") as file:
+            file.seek(start)
+            return json.loads(file.read(size))
     row = _table(str(path))[start].to_pylist()[0]
     names = [f"@{start}/{n}" if held.get("bytes") else held.get("path") for n, held in enumerate(_pictures(row))]
     return row | {"image": names, "images": None}
@@ -103,11 +103,6 @@ def _scan_list(file: BinaryIO, path: Path) -> Iterator[tuple[tuple[int, int], An
         rows, offset, position = rows + 1, offset + size, end
     if text[first:] or file.read().strip():
         raise DataError(f"{path} is not JSON (something follows the list's end, after byte {offset}); {_EXPECTED}")
-
-
-@lru_cache(maxsize=16)
-def _descriptor(path: str, pid: int) -> int:
-    return os.open(path, os.O_RDONLY)  # one a process: forked workers must not share what may be closed
 
 
 @lru_cache(maxsize=16)

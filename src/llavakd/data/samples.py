@@ -76,8 +76,7 @@ def load_samples(data: DataConfig, max_bad_rows: float = 0.0, *, find_pictures: 
 
     A row is LLaVA's (id, image, conversations, optional type and answers) or has `messages` and `images`.
 
-    Raises:
-        DataError: an unreadable or malformed file; more than this share of wrong rows (the first are named).
+    Raises DataError: an unreadable or malformed file; more than this share of wrong rows (the first are named).
     """
     path, rows, mistakes, pictures = Path(data.path), 0, [], False
     places, lengths = array("Q"), array("i")

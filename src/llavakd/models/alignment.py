@@ -56,11 +56,7 @@ def align(student: VisionLanguageModel, teacher: VisionLanguageModel) -> Pair:
 
 
 def shared_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, head_rows: int) -> int:
-    """How many leading ids, of those that both heads have, mean the same token to both; padded head rows do not count.
-
-    Raises:
-        AlignmentError: two different tokenizers, naming the first id that differs.
-    """
+    """How many leading ids mean the same token to both; AlignmentError where tokenizers differ, naming the first id."""
     ours = {index: token for token, index in student.get_vocab().items()}
     theirs = {index: token for token, index in teacher.get_vocab().items()}
     shared = min(max(ours) + 1, max(theirs) + 1, head_rows)

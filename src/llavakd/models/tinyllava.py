@@ -46,8 +46,7 @@ def convert(source: Path, target: Path, *, tokenizer: str | None = None, vision_
     `source` is TinyLLaVA or LLaVA-KD in merged, component or LoRA form, or a whole LLaVA-1.5; `target` is a new folder.
     `tokenizer` and `vision_tower` say where that is which `source` lacks and config.json names in vain.
 
-    Raises:
-        ModelError: what cannot be converted exactly, naming the key.
+    Raises ModelError: what cannot be converted exactly, naming the key.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelError(f"{target} is not empty; give a new folder")
