@@ -51,10 +51,8 @@ class Rendered:
     truncated: bool = False
 
 
-TEMPLATES = {
-    name: Template(**fields)
-    for name, fields in yaml.safe_load(Path(__file__).with_name("templates.yaml").read_text(encoding="utf-8")).items()
-}
+_LAYOUTS = yaml.safe_load(Path(__file__).with_name("templates.yaml").read_text(encoding="utf-8"))
+TEMPLATES = {name: Template(**fields) for name, fields in _LAYOUTS.items()}
 
 
 @dataclass(eq=False)
@@ -154,8 +152,5 @@ def end_token_id(template: str, tokenizer: PreTrainedTokenizerBase) -> int:
         raise DataError(f"template {template} ends answers with the end-of-sequence token, and the tokenizer has none")
     ids = [tokenizer.eos_token_id] if text is None else tokenizer(text, add_special_tokens=False).input_ids
     if len(ids) != 1:
-        raise DataError(
-            f"template {template} needs {text!r} as one token, the tokenizer makes {len(ids)} of it; "
-            "choose another template or tokenizer"
-        )
+        raise DataError(f"{template} needs {text!r} as one token, the tokenizer makes {len(ids)} of it; choose another")
     return ids[0]

@@ -18,10 +18,6 @@ _PIXELS = (
 _SELECTION = ("vision_feature_layer", "vision_feature_select_strategy")
 
 
-class AlignmentError(UserError):
-    """Teacher and student cannot be compared position by position; the message says where they part."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Pair:
     """What holds between a student and a teacher.
@@ -39,9 +35,9 @@ class Pair:
 
 
 def align(student: VisionLanguageModel, teacher: VisionLanguageModel) -> Pair:
-    """Check a pair; raises AlignmentError naming the first difference that matters."""
+    """Check a pair; raises UserError naming the first difference that matters."""
     if student.tokens_per_image != teacher.tokens_per_image:
-        raise AlignmentError(
+        raise UserError(
             f"visual tokens per picture: student {student.tokens_per_image}, teacher {teacher.tokens_per_image}; give both "
             "the same vision_feature_select_strategy and a tower of the same grid"
         )
@@ -56,7 +52,7 @@ def align(student: VisionLanguageModel, teacher: VisionLanguageModel) -> Pair:
 
 
 def shared_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, head_rows: int) -> int:
-    """How many leading ids mean the same token to both; AlignmentError where tokenizers differ, naming the first id."""
+    """How many leading ids mean the same token to both; UserError where tokenizers differ, naming the first id."""
     ours = {index: token for token, index in student.get_vocab().items()}
     theirs = {index: token for token, index in teacher.get_vocab().items()}
     shared = min(max(ours) + 1, max(theirs) + 1, head_rows)
@@ -64,7 +60,7 @@ def shared_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedToken
         left, right = ours.get(index), theirs.get(index)
         # The picture mark is never predicted, so its id may differ.
         if left != right and IMAGE_TAG not in (left, right):
-            raise AlignmentError(
+            raise UserError(
                 f"tokenizers differ: id {index} is {left!r} for the student and {right!r} for the teacher; "
                 "use a teacher and a student of one tokenizer"
             )
