@@ -152,5 +152,5 @@ def end_token_id(template: str, tokenizer: PreTrainedTokenizerBase) -> int:
         raise DataError(f"template {template} ends answers with the end-of-sequence token, and the tokenizer has none")
     ids = [tokenizer.eos_token_id] if text is None else tokenizer(text, add_special_tokens=False).input_ids
     if len(ids) != 1:
-        raise DataError(f"{template} needs {text!r} as one token, the tokenizer makes {len(ids)} of it; choose another")
+        raise DataError(f"{template} needs {text!r} as one token, the tokenizer makes {len(ids)}; use another template")
     return ids[0]

@@ -75,7 +75,8 @@ class RowDataset(Dataset[Row]):
     def __init__(
         self, sources: Sequence[Source], *, image_processor: Any, teacher_processor: Any = None, seed: int = 0
     ) -> None:
-        self.sources, self.image_processor, self.teacher_processor = sources, image_processor, teacher_processor
+        processors = {"pixels": image_processor, "teacher_pixels": teacher_processor}
+        self.sources, self.processors = sources, {name: one for name, one in processors.items() if one is not None}
         drawn = [_drawn(len(source.samples), source.weight, seed) for source in sources]
         self._places = np.stack([np.repeat(np.arange(len(sources)), [*map(len, drawn)]), np.concatenate(drawn)], axis=1)
         lengths = [word_lengths(source.samples)[rows] for source, rows in zip(sources, drawn, strict=True)]
@@ -106,10 +107,8 @@ class RowDataset(Dataset[Row]):
             if sample.images and source.store is not None:
                 pictures["features"] = source.store.get(sample.images)
             elif sample.images:
-                processors = {"pixels": self.image_processor, "teacher_pixels": self.teacher_processor}
-                for name, processor in processors.items():
-                    if processor is not None:
-                        pictures[name] = load_pixels(source.data, sample.images, processor)
+                for name, processor in self.processors.items():
+                    pictures[name] = load_pixels(source.data, sample.images, processor)
         except DataError as error:
             nothing = Rendered(ids=[source.renderer.end_token_id], segments=[Segment.PROMPT])
             return Row(id=sample.id, text=nothing, mistake=f"row {sample.id!r} left out: {error}")
