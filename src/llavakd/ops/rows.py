@@ -87,7 +87,7 @@ def _write_gradient(
         keep = start + lanes < VOCAB
         x = _read(student, start, lanes, VOCAB)
         g = ce_w * (tl.exp(x - lse) - tl.where(start + lanes == label, 1.0, 0.0))
-        if teacher is not None:
+        if KIND is not None:
             lq = sharpness * x - soft_lse
             lp = sharpness * _read(teacher, start, lanes, VOCAB) - taught_lse
             d, w = _terms(lq, lp, mix, KIND)
@@ -115,7 +115,7 @@ def _rows_kernel(
     tl.store(ce_out + row, tl.where(counts, lse - _read(student, 0, tl.where(counts, label, 0), VOCAB), 0.0))
     soft_lse, taught_lse = lse, 0.0
     slope = -1.0  # forward KL: the teacher's probabilities sum to one
-    if taught is not None:
+    if KIND is not None:
         teacher = (taught + row * taught_stride, taught_form[0], taught_form[1])
         taught_lse = _log_sum(teacher, sharpness, VOCAB, BLOCK)
         if SOFT:
@@ -145,7 +145,7 @@ def score_triton(
             logits, taught, out, labels, ce_weight, kl_weight, ce, kl,
             logits.stride(0), 0 if taught is None else taught.stride(0), out.stride(0),
             *((float(form.scale), float(form.cap) or None) for form in forms), 1 / temperature, mix,
-            VOCAB=vocab, KIND=divergence, SOFT=temperature != 1,
+            VOCAB=vocab, KIND=None if taught is None else divergence, SOFT=temperature != 1,
             BLOCK=min(_BLOCK, triton.next_power_of_2(vocab)), num_warps=_WARPS,
         )  # fmt: skip
     return ce, kl
