@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from llavakd.config import LossConfig, Recipe, StageConfig, load_recipe
-from llavakd.data.chat import IGNORE_INDEX, Segment
+from llavakd.data.chat import Segment
 from llavakd.data.collate import Batch
 from llavakd.losses.objective import Counts, count, objective
+from llavakd.losses.rows import IGNORE_INDEX
 from llavakd.models.fast import _KEPT, attend_by_rows
 from llavakd.models.quantized import quantize
 from llavakd.models.student import VisionLanguageModel, final_hidden, student_config, vision_features
@@ -232,7 +233,8 @@ def make_case(recipe: Recipe, stage: str, models: Models, size: Size, rows: int,
     host = dataclasses.replace(host, input_ids=host.input_ids.masked_fill(visual, size.vocabulary - 1))
     counts = count(host.labels, visual, host.image_rows)
     host = host.pin_memory() if device == "cuda" else host  # as the loader hands it out
-    batch = host.to(torch.device(device))
+    on_device = {name: value.to(device) for name, value in vars(host).items() if isinstance(value, Tensor)}
+    batch = dataclasses.replace(host, **on_device)
     return Case(stage=stage_of(recipe, stage), models=models, host=host, batch=batch, counts=counts)
 
 

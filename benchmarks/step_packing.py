@@ -28,7 +28,7 @@ from step_contenders import TINY, Size, make_models, read_recipe
 from torch import Tensor
 
 from llavakd.config import Recipe
-from llavakd.data.chat import IGNORE_INDEX, Rendered, Segment
+from llavakd.data.chat import Rendered, Segment
 from llavakd.data.collate import Batch, Row, collate, collate_step
 from llavakd.models.fast import attend_by_rows, compile_layers
 from llavakd.train.step import TrainState, set_learning_rate, train_step
@@ -54,8 +54,7 @@ def make_row(name: str, answer: int, picture: Tensor | None, size: Size, rng: np
     segments = [Segment.PROMPT] * BEFORE + [Segment.VISUAL] * visual + [Segment.PROMPT] * BEFORE
     segments += [Segment.RESPONSE] * answer
     ids = rng.integers(10, size.vocabulary - 1, len(segments)).tolist()
-    labels = [one if segment == Segment.RESPONSE else IGNORE_INDEX for one, segment in zip(ids, segments, strict=True)]
-    return Row(id=name, text=Rendered(ids=ids, labels=labels, segments=segments), pixels=picture)
+    return Row(id=name, text=Rendered(ids=ids, segments=segments), pixels=picture)
 
 
 def laid_out(rows: Sequence[Row], kind: str, tokens: int) -> list[Batch]:

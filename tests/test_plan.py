@@ -1,7 +1,5 @@
 """What `plan` says, against real steps of real models on the CPU: FLOPs, memory, tokens, and advice that helps."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re
@@ -383,7 +381,7 @@ def test_tokens_are_those_of_the_rendered_rows(tiny, command, tmp_path):
         assert tokens["rows"] == len(texts)
         assert tokens["longest"] == max(len(text.ids) for text in texts)
         assert tokens["visual"] + tokens["text"] == pytest.approx(sum(len(text.ids) for text in texts) / len(texts))
-        answered = sum(label != -100 for text in texts for label in text.labels) / len(texts)
+        answered = sum(text.segments.count(Segment.RESPONSE) for text in texts) / len(texts)
         assert tokens["response"] == pytest.approx(answered)
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in student.parts().items()}
     assert plan["parameters"]["student"] == sizes

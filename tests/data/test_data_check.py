@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 import llavakd
 from llavakd.config import DataConfig
-from llavakd.data.chat import ChatRenderer
+from llavakd.data.chat import ChatRenderer, Segment
 from llavakd.data.check import check_source
 from llavakd.data.files import DataError
 from llavakd.data.samples import load_samples
@@ -61,7 +61,7 @@ def test_a_clean_copy_keeps_every_row_that_trains_once_and_as_it_stood(source, r
 def test_tokens_are_counted_over_the_rows_that_render(source, reader):
     found = check_source(source, [reader])
     texts = [reader[0].render(sample) for sample in load_samples(source, 1.0) if "question" not in sample.id]
-    responses = [sum(label != -100 for label in text.labels) for text in texts]
+    responses = [text.segments.count(Segment.RESPONSE) for text in texts]
     assert found["tokens"]["response"]["mean"] == pytest.approx(sum(responses) / 3)
     assert found["tokens"]["response"]["largest"] == max(responses)
     assert found["tokens"]["visual"]["largest"] == 0

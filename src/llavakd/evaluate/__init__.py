@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llavakd.config import DataConfig, EvaluationConfig
-from llavakd.data.chat import IGNORE_INDEX, Rendered, Segment
+from llavakd.data.chat import Rendered, Segment
 from llavakd.data.pictures import load_pixels
 from llavakd.data.samples import Sample
 from llavakd.evaluate.scoring import METRICS, Answer, score
@@ -106,9 +106,9 @@ def compare_segments(
     for index in range(count := min(_COMPARED_ROWS, len(samples))):
         sample = samples[index * len(samples) // count]
         text = renderer.render(sample)
-        labels, segments = torch.tensor([text.labels, text.segments])
+        segments = torch.tensor(text.segments)
         table = _distances([_hidden(model, text, sample, data) for model in (student, teacher)], heads)
-        found["response"].append(table[:-1][labels[1:] != IGNORE_INDEX])
+        found["response"].append(table[:-1][segments[1:] == Segment.RESPONSE])
         found["visual"].append(table[segments == Segment.VISUAL])
     names = ("kl", "agreement", "teacher_entropy")
     return {
