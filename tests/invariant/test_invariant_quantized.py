@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from llavakd.config import TeacherConfig, parse_recipe
-from llavakd.data.chat import IGNORE_INDEX, Segment
+from llavakd.data.chat import Segment
 from llavakd.data.collate import RowDataset, Source, collate
 from llavakd.data.samples import load_samples
+from llavakd.losses.rows import IGNORE_INDEX
 from llavakd.models.quantized import quantize
 from llavakd.models.student import load_teacher
 
