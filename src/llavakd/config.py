@@ -180,6 +180,7 @@ class Recipe:
     evaluation: EvaluationConfig | None = None
     world: WorldConfig | None = None
     precision: Literal["fp32", "bf16"] = "bf16"
+    sharding: Literal["none", "student", "both"] = "none"
     gradient_checkpointing: bool = False
     cache_features: bool = False
     """Run the frozen vision tower once per picture and keep its features under RUN/features."""

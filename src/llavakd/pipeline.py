@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import platform
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 
 from llavakd.config import DataConfig, EvaluationConfig, Recipe, StageConfig, TeacherConfig, resolve_paths
 from llavakd.data.collate import RowDataset, Source
@@ -27,7 +27,8 @@ from llavakd.progress import bar, say
 from llavakd.report import write_report
 from llavakd.shapes import write_world
 from llavakd.train.checkpoint import file_digest, write_folder, write_text
-from llavakd.train.loop import run_stage
+from llavakd.train.loop import lost_process, run_stage
+from llavakd.train.placement import join, place
 from llavakd.train.step import StudentModule, TrainState, build_optimizer
 
 
@@ -48,6 +49,7 @@ class Run:
         write_text(self.out / "pipeline.json", json.dumps(content, indent=1))
 
 
+@lost_process()
 def run_pipeline(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Run or go on with every stage in `out`, evaluate and report; returns results.json. Raises UserError, Interrupted."""
     out.mkdir(parents=True, exist_ok=True)
@@ -71,7 +73,6 @@ def run_pipeline(recipe: Recipe, out: Path) -> dict[str, Any]:
         results["rows"] = _rows(run, recipe.evaluation)
         write_text(out / "results.json", json.dumps(results, indent=1))
         write_report([out], out)
-    accelerator.wait_for_everyone()
     accelerator.end_training()
     return results
 
@@ -96,13 +97,12 @@ def draw_world(recipe: Recipe, out: Path) -> None:
 
 
 def _make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
-    learns = any("vision_tower" in stage.train for stage in recipe.stages)
+    if other := [name for name in ("DEEPSPEED", "FSDP") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]:
+        raise UserError(f"accelerate is set up for {other[0]}; start with torchrun instead and set sharding: student")
     accelerator = Accelerator(
         mixed_precision="bf16" if recipe.precision == "bf16" else "no",
         log_with=list(recipe.trackers) or None,
         project_dir=str(out / "trackers"),
-        # The tower's layers past the selected one never get a gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=learns)],
     )
     accelerator.init_trackers(recipe.name)
     return accelerator
@@ -160,10 +160,9 @@ def _train(run: Run, stage: StageConfig, before: StageConfig | None) -> dict[str
     pair = align(student, teacher) if teacher else None
     if pair and accelerator.is_main_process:
         say(pair.note)
-    module = StudentModule(student, stage, pair.vocab_size if pair else None)
-    module, optimizer = accelerator.prepare(module, build_optimizer(module, stage))
-    if teacher:
-        teacher.model.to(accelerator.device)
+    whole = StudentModule(student, stage, pair.vocab_size if pair else None)
+    module = place(accelerator, whole, teacher.model if teacher else None, recipe.sharding)
+    optimizer = accelerator.prepare(build_optimizer(module, stage))
     learning: dict[str, Any] = {"module": module, "optimizer": optimizer}
     state = TrainState(accelerator=accelerator, **learning, student=student, teacher=teacher, pair=pair, stage=stage)
     dataset = _dataset(run, state)
@@ -172,9 +171,11 @@ def _train(run: Run, stage: StageConfig, before: StageConfig | None) -> dict[str
     student.model.train()
     folder.mkdir(exist_ok=True)
     progress = run_stage(state, dataset, recipe, folder)
-    if updates:
-        updates.merge_and_unload()
+    join(module, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
+        student.model.tie_weights()
+        if updates:
+            updates.merge_and_unload()
         template = recipe.data[next(iter(stage.sources))].template
         write_folder(folder / "model", lambda partial: save_model(student, partial, template=template))
     accelerator.free_memory()
