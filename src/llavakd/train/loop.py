@@ -167,7 +167,7 @@ def lost_process() -> Iterator[None]:
     except RuntimeError as error:  # gloo raises nothing narrower, but names its own source
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
-        said = f"a process of this run was lost: {str(error).splitlines()[0]}"
+        said = f"a process of this run was lost: {str(error).partition('. ')[0].splitlines()[0]}"
         raise UserError(f"{said}; the same command goes on from the last checkpoint") from error
 
 
