@@ -7,6 +7,7 @@ import math
 
 import pipeline
 import pytest
+import scaling
 import step
 import step_contenders
 import torch
@@ -132,3 +133,16 @@ def test_the_loader_is_timed_and_padding_counted(tmp_path):
     for line in told["loader"]:
         assert line["rows_per_s"] > 0
         assert line["waiting"] is None or 0 <= line["waiting"] <= 1
+
+
+@pytest.mark.dist
+def test_two_processes_have_the_losses_of_one_in_every_way_to_hold_the_models(tmp_path):
+    out = tmp_path / "scaling.json"
+    scaling.main(["--tiny", "--out", str(out)])
+    base, *lines = json.loads(out.read_text(encoding="utf-8"))["lines"]
+    assert [(line["processes"], line["sharding"]) for line in lines] == [(2, one) for one in scaling.SHARDINGS]
+    assert base["losses"][0]["loss"] != base["losses"][1]["loss"]
+    for line in lines:
+        assert line["loss_error"].keys() == {*PARTS, "loss", "grad_norm"}
+        assert max(line["loss_error"].values()) < 1e-5
+        assert line["scaling"] == pytest.approx(line["tokens_per_s"] / base["tokens_per_s"] / 2)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs
 
 from llavakd.config import DataConfig, EvaluationConfig, Recipe, StageConfig, TeacherConfig, resolve_paths
 from llavakd.data.collate import RowDataset, Source
@@ -24,13 +24,22 @@ from llavakd.evaluate import compare_segments, evaluate_model
 from llavakd.models.alignment import align
 from llavakd.models.fast import attend_by_rows, compile_layers
 from llavakd.models.quantized import quantize
-from llavakd.models.student import add_updates, build_student, load_student, load_teacher, save_model, vision_features
+from llavakd.models.student import (
+    VisionLanguageModel,
+    add_updates,
+    build_student,
+    load_student,
+    load_teacher,
+    save_model,
+    vision_features,
+)
 from llavakd.preflight import check_before_training, claim_folder, used_sources
 from llavakd.progress import bar, say
 from llavakd.report import write_report
 from llavakd.shapes import write_world
 from llavakd.train.checkpoint import file_digest, write_folder, write_text
-from llavakd.train.loop import run_stage
+from llavakd.train.loop import lost_process, run_stage
+from llavakd.train.placement import join, place
 from llavakd.train.step import StudentModule, TrainState, build_optimizer
 
 
@@ -51,6 +60,7 @@ class Run:
         write_text(self.out / "pipeline.json", json.dumps(content, indent=1))
 
 
+@lost_process()
 def run_pipeline(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Run or go on with every stage in `out`, evaluate and report; returns results.json. Raises UserError, Interrupted."""
     out.mkdir(parents=True, exist_ok=True)
@@ -74,7 +84,6 @@ def run_pipeline(recipe: Recipe, out: Path) -> dict[str, Any]:
         results["rows"] = _rows(run, recipe.evaluation)
         write_text(out / "results.json", json.dumps(results, indent=1))
         write_report([out], out)
-    accelerator.wait_for_everyone()
     accelerator.end_training()
     return results
 
@@ -96,9 +105,9 @@ def draw_world(recipe: Recipe, out: Path) -> None:
 
 
 def _make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
-    learns = any("vision_tower" in stage.train for stage in recipe.stages)
-    # The tower's layers past the selected one never get a gradient.
-    handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=learns)]
+    if other := [name for name in ("DEEPSPEED", "FSDP") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]:
+        raise UserError(f"accelerate is set up for {other[0]}; start with torchrun instead and set sharding: student")
+    handlers: list[Any] = []
     if torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # Counts are summed on the CPU, so that no step waits for its device.
         handlers.append(InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl"))
@@ -164,21 +173,22 @@ def _train(run: Run, stage: StageConfig, before: StageConfig | None) -> dict[str
     pair = align(student, teacher) if teacher else None
     if pair and accelerator.is_main_process:
         say(pair.note)
-    module = StudentModule(student, stage, pair.vocab_size if pair else None)
-    module, optimizer = accelerator.prepare(module, build_optimizer(module, stage))
-    if teacher:
-        teacher.model.to(accelerator.device)
+    drift = _quantize(run, stage, teacher)
+    whole = StudentModule(student, stage, pair.vocab_size if pair else None)
+    module = place(accelerator, whole, teacher.model if teacher else None, recipe.sharding)
+    optimizer = accelerator.prepare(build_optimizer(module, stage))
     learning: dict[str, Any] = {"module": module, "optimizer": optimizer}
     state = TrainState(accelerator=accelerator, **learning, student=student, teacher=teacher, pair=pair, stage=stage)
-    drift = _quantize(run, state)
     dataset = _dataset(run, state)
     _make_fast(recipe, state)
     student.model.train()
     folder.mkdir(exist_ok=True)
     progress = run_stage(state, dataset, recipe, folder)
-    if updates:
-        updates.merge_and_unload()
+    join(module, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
+        student.model.tie_weights()
+        if updates:
+            updates.merge_and_unload()
         template = recipe.data[next(iter(stage.sources))].template
         write_folder(folder / "model", lambda partial: save_model(student, partial, template=template))
     accelerator.free_memory()
@@ -199,13 +209,15 @@ def _make_fast(recipe: Recipe, state: TrainState) -> None:
         student.gradient_checkpointing_enable()
 
 
-def _quantize(run: Run, state: TrainState) -> dict[str, Any]:
+def _quantize(run: Run, stage: StageConfig, teacher: VisionLanguageModel | None) -> dict[str, Any]:
     """Quantise the teacher, if it is to be; what pipeline.json says of its drift on 32 rows, UserError where it is far."""
-    config, teacher, stage, drift = run.recipe.teacher, state.teacher, state.stage, dict[str, float]()
+    config, accelerator, drift = run.recipe.teacher, run.accelerator, dict[str, float]()
     if not config or not teacher or config.quantize == "none":
         return {}
+    exact = load_teacher(config)
+    for model in (teacher, exact):
+        model.model.to(accelerator.device)
     quantize(teacher, config.quantize)
-    (exact := load_teacher(config)).model.to(state.accelerator.device)
     distilled = ("response", "visual") if stage.losses.visual_kl or stage.losses.relation else ("response",)
     for name in stage.sources:
         data, samples = run.recipe.data[name], run.samples[name]
@@ -217,9 +229,9 @@ def _quantize(run: Run, state: TrainState) -> dict[str, Any]:
     nats = ", ".join(f"{key} {value:.2g}" for key, value in drift.items())
     told = f"stage {stage.name}: KL of the {config.quantize} teacher to the unquantised one, nats a token: {nats}"
     far = not all(value <= config.max_drift for value in drift.values())
-    if state.accelerator.reduce(torch.tensor(float(far), device=state.accelerator.device)):  # all processes, or none
+    if accelerator.reduce(torch.tensor(float(far), device=accelerator.device)):  # all processes, or none
         raise UserError(f"{told}; max_drift is {config.max_drift}: raise it, or set teacher.quantize to int8 or none")
-    if state.accelerator.is_main_process:
+    if accelerator.is_main_process:
         say(told)
     return {"teacher_drift": drift}
 

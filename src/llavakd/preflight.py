@@ -39,9 +39,10 @@ def readers_of(recipe: Recipe) -> list[VisionLanguageModel]:
 def claim_folder(recipe: Recipe, out: Path) -> None:
     """Write OUT/recipe.yaml, or refuse with UserError a folder that belongs to another recipe."""
     path, text = out / "recipe.yaml", dump_recipe(recipe)
+    changed = {"sharding": recipe.sharding}  # may be: checkpoints do not depend on it
     if not path.is_file():
         write_text(path, text)
-    elif differing := differing_keys(yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(text)):
+    elif differing := differing_keys(yaml.safe_load(path.read_text("utf-8")) | changed, yaml.safe_load(text)):
         raise UserError(
             f"{out} holds a run of another recipe; these keys differ: {'; '.join(differing[:8])}. "
             "Use a new --out or the old values"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 
 from llavakd.errors import UserError
 from llavakd.progress import say
+from llavakd.train.placement import joined, like
 
 _MANIFEST = "manifest.json"
 
@@ -54,12 +56,15 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_checkpoint(folder: Path, *, module: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Write FOLDER/step-N: the tensors that learn, the optimiser, `state` (with its `step`), and a manifest."""
+def save_checkpoint(folder: Path | None, *, module: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Write FOLDER/step-N: what learns, the optimiser, `state` (with its `step`), a manifest; None only lends its shards."""
+    learning, moments = recursively_apply(joined, (_learning(module), optimizer.state_dict()), keep=bool(folder))
+    if not folder:
+        return
 
     def fill(partial: Path) -> None:
-        save_file(_learning(module), str(partial / "learning.safetensors"))
-        torch.save({"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}, partial / "optimizer.pt")
+        save_file(learning, str(partial / "learning.safetensors"))
+        torch.save({"optimizer": moments, "rng": torch.get_rng_state()}, partial / "optimizer.pt")
         (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
         digests = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
         (partial / _MANIFEST).write_text(json.dumps(digests), encoding="utf-8")
@@ -87,8 +92,11 @@ def load_checkpoint(path: Path, *, module: nn.Module, optimizer: Optimizer) -> d
             "use a new --out for another model"
         )
     for name, tensor in present.items():
-        tensor.copy_(stored[name])
+        tensor.copy_(like(stored[name], tensor))
     rest = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for number, held in rest["optimizer"]["state"].items():
+        held |= {name: like(value, weights[number]) for name, value in held.items() if value.dim()}
     optimizer.load_state_dict(rest["optimizer"])
     torch.set_rng_state(rest["rng"])
     return json.loads((path / "state.json").read_text(encoding="utf-8"))

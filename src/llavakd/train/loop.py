@@ -101,8 +101,8 @@ def run_stage(state: TrainState, dataset: RowDataset, recipe: Recipe, folder: Pa
                     advance(progress.step, f"loss {loss:.3f}")
                 window, logged = [], progress.seconds
             if saves:
+                save_checkpoint(checkpoints if main else None, **learning, state=vars(progress))
                 if main:
-                    save_checkpoint(checkpoints, **learning, state=vars(progress))
                     prune(checkpoints, keep=2)
                 accelerator.wait_for_everyone()
             if stopping:
@@ -163,6 +163,18 @@ def _load(dataset: RowDataset, rows: Iterable[list[int]], recipe: Recipe, state:
 def _ignore_interrupt(worker: int) -> None:
     """Ctrl-C reaches the whole process group; only the main process acts on it, and it still needs its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def lost_process() -> Iterator[None]:
+    """Make what a collective raises when a process of the run is gone a UserError."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo raises nothing narrower, but names its own source
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            raise
+        said = f"a process of this run was lost: {str(error).partition('. ')[0].splitlines()[0]}"
+        raise UserError(f"{said}; the same command goes on from the last checkpoint") from error
 
 
 @contextmanager

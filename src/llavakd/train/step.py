@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from llavakd.config import StageConfig
 from llavakd.data.chat import Segment
@@ -30,6 +31,7 @@ class StudentModule(nn.Module):
     def __init__(self, student: VisionLanguageModel, stage: StageConfig, vocab_size: int | None) -> None:
         super().__init__()
         self.model = student.model
+        self.picture = student.features_per_image, self.model.config.vision_config.hidden_size
         self.aims: dict[str, Any] = {"losses": stage.losses, "reduction": stage.reduction, "vocab_size": vocab_size}
 
     def forward(
@@ -37,17 +39,16 @@ class StudentModule(nn.Module):
     ) -> Objective:
         """This micro-batch's share of the loss, given on the CPU; `features` None with pictures: the tower runs here."""
         visual = batch.segments == Segment.VISUAL
-        if features is None and batch.pixel_values is not None:
-            features = vision_features(self.model, sent(batch.pixel_values, self.model.device))
+        if features is None:  # without a picture those of one that no position takes: all processes run the same
+            pixels, blank = batch.pixel_values, torch.zeros(1, *self.picture, device=self.model.device)
+            features = blank if pixels is None else vision_features(self.model, sent(pixels, self.model.device))
         hidden = final_hidden(self.model, batch.input_ids, batch.attention_mask, visual, features, batch.position_ids)
         what: dict[str, Any] = {"labels": batch.labels, "visual": visual, "image_rows": batch.image_rows}
         what |= {"position_ids": batch.position_ids, "counts": counts}
         result = objective(hidden, self.model.lm_head.weight, taught, teacher_head, **what, **self.aims)
-        if features is None:  # text-only micro-batch: picture parts get a gradient of zero, the same on every rank
-            inner = self.model.model
-            pictured = [*inner.multi_modal_projector.parameters(), *inner.vision_tower.parameters()]
-            result = result._replace(total=result.total + sum(0.0 * p.sum() for p in pictured if p.requires_grad))
-        return result
+        # All of a tower that learns gets a gradient, of zero without a picture and past the selected layer.
+        tower = (weight for weight in self.model.model.vision_tower.parameters() if weight.requires_grad)
+        return result._replace(total=result.total + sum(0.0 * weight.sum() for weight in tower))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,17 +78,20 @@ class StepResult(NamedTuple):
 def train_step(state: TrainState, micro_batches: Sequence[Batch], *, step: int) -> StepResult:
     """Forward and backward over this rank's micro-batches, which lie on the CPU, clip, update; no wait for the device."""
     accelerator = state.accelerator
-    counts, counted = _count(accelerator, micro_batches)
+    counts, counted, passes = _count(accelerator, micro_batches)
     sums: dict[str, Any] = {}
-    for number, batch in enumerate(micro_batches, start=1):
-        with contextlib.nullcontext() if number == len(micro_batches) else accelerator.no_sync(state.module):
+    for number in range(1, passes + 1):  # as many on every process; those beyond its own micro-batches weigh nothing
+        batch, share = micro_batches[min(number, len(micro_batches)) - 1], int(number <= len(micro_batches))
+        with contextlib.nullcontext() if number == passes else accelerator.no_sync(state.module):
             result = _forward(state, batch, counts)
             # Wrappers average gradients over processes; the division is already global, so undo it here, once.
-            accelerator.backward(result.total * accelerator.num_processes)
+            accelerator.backward(result.total * (share * accelerator.num_processes))
         for name, value in {"loss": result.total.detach(), **result.parts}.items():
-            sums[name] = sums.get(name, 0) + value
+            sums[name] = sums.get(name, 0) + value * share
     sums = accelerator.reduce(sums)
     grad_norm = accelerator.clip_grad_norm_(state.module.parameters(), state.stage.max_grad_norm)
+    if isinstance(grad_norm, DTensor):
+        grad_norm = grad_norm.full_tensor()
     state.optimizer.step()
     state.optimizer.zero_grad()
     rows = [name for batch in micro_batches for name in batch.sample_ids[:4]]
@@ -126,14 +130,17 @@ def _forward(state: TrainState, batch: Batch, counts: Counts) -> Objective:
     return state.module(batch, features, taught, teacher.head if teacher else None, counts)
 
 
-def _count(accelerator: Accelerator, micro_batches: Sequence[Batch]) -> tuple[Counts, dict[str, int]]:
-    """Counts of the global batch, and those of StepResult, over all micro-batches and ranks; on the CPU."""
+def _count(accelerator: Accelerator, micro_batches: Sequence[Batch]) -> tuple[Counts, dict[str, int], int]:
+    """Counts of the global batch, and those of StepResult, over all micro-batches and ranks, and the most micro-batches; on the CPU."""
     counts = [count(b.labels, b.segments == Segment.VISUAL, b.image_rows, b.position_ids) for b in micro_batches]
-    rows = [(int(batch.attention_mask.sum()), batch.truncated, len(batch.mistakes)) for batch in micro_batches]
+    rows = [(int(batch.attention_mask.sum()), batch.truncated, len(batch.mistakes), 1) for batch in micro_batches]
     local = torch.cat([torch.tensor(counts), torch.tensor(rows)], dim=1).sum(0)
-    samples, *others, tokens, truncated, left_out = accelerator.reduce(local).tolist()
+    ranks = local.new_zeros(accelerator.num_processes, len(local))
+    ranks[accelerator.process_index] = local
+    ranks = accelerator.reduce(ranks)
+    samples, *others, tokens, truncated, left_out, _ = ranks.sum(0).tolist()
     counted = {"tokens": tokens - left_out, "truncated": truncated, "left_out": left_out}
-    return Counts(samples - left_out, *others), counted
+    return Counts(samples - left_out, *others), counted, int(ranks[:, -1].max())
 
 
 def build_optimizer(module: nn.Module, stage: StageConfig) -> torch.optim.AdamW:

@@ -1,0 +1,176 @@
+"""How far several GPUs go: the trainer's own step on one and on N of them, 16 rows each, replicated and in shards.
+
+    python benchmarks/scaling.py --out benchmarks/results/scaling.json       # on 2 H200, under four minutes
+    python benchmarks/scaling.py --out /tmp/scaling.json --tiny              # anywhere, in a minute: does it run?
+
+SigLIP-so400m-384, Qwen2.5-3B -> 0.5B, random weights, stage dft, rows as in step.py. It starts itself once on one device
+and once on N by torchrun. First a few steps on the same N times 16 rows, which one device takes as N micro-batches: their
+losses are compared. Then the time of a step, optimiser and all, on 16 rows each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from plan_measured import batch_of, stage_of, whole
+from step_contenders import TINY, Size, cast, read_recipe, shrink
+from transformers import AutoConfig
+
+from llavakd.config import Recipe
+from llavakd.data.chat import Segment
+from llavakd.data.collate import Batch
+from llavakd.models.alignment import Pair
+from llavakd.models.student import VisionLanguageModel, student_config
+from llavakd.pipeline import _make_accelerator
+from llavakd.train.placement import place
+from llavakd.train.step import StepResult, StudentModule, TrainState, build_optimizer, set_learning_rate, train_step
+from losses import environment
+
+COMPARED = 3  # steps whose losses are compared
+SHARDINGS = ("none", "student", "both")
+
+
+def random_model(config: Any, size: Size, device: torch.device, seed: int) -> VisionLanguageModel:
+    """A float32 model, the same in all processes."""
+    config.vision_feature_select_strategy, config.image_seq_length = "full", size.visual
+    config.image_token_id, config.vision_config.vision_use_head = size.vocabulary - 1, False
+    if size.small:
+        shrink(config, size, 32 * seed)
+    torch.manual_seed(seed)
+    return whole(config, torch.float32, str(device))
+
+
+def rows_of(size: Size, share: int) -> Batch:
+    """The rows that the device of this number takes of a step, in the host's memory."""
+    torch.manual_seed(100 + share)
+    sizes = {"visual": size.visual, "text": size.text, "image": size.image, "vocabulary": size.vocabulary - 1}
+    batch = batch_of(size.rows[0], size.response, **sizes, padding=0)
+    visual = batch.segments == Segment.VISUAL
+    return dataclasses.replace(batch, input_ids=batch.input_ids.masked_fill(visual, size.vocabulary - 1))
+
+
+def made_ready(
+    recipe: Recipe, size: Size, accelerator: Accelerator, teacher: VisionLanguageModel, sharding: str
+) -> TrainState:
+    """A fresh student and this teacher as the pipeline places them."""
+    student, stage = random_model(student_config(recipe.student), size, accelerator.device, 1), stage_of(recipe, "dft")
+    tower = teacher.parts()["vision_tower"].state_dict()
+    student.parts()["vision_tower"].load_state_dict(tower)
+    student.train_only(stage.train)
+    pair = Pair(vocab_size=len(student.head), shared_tower=True, note="")
+    module = place(accelerator, StudentModule(student, stage, pair.vocab_size), teacher.model, sharding)
+    optimizer = accelerator.prepare(build_optimizer(module, stage))
+    student.model.train()
+    given: dict[str, Any] = {"accelerator": accelerator, "module": module, "optimizer": optimizer, "student": student}
+    return TrainState(**given, teacher=teacher, pair=pair, stage=stage)
+
+
+def measured(state: TrainState, size: Size, shares: list[Batch]) -> dict[str, Any]:
+    """Losses of the first steps on all shares, then the time of a step on one share each."""
+    accelerator = state.accelerator
+    processes, cuda = accelerator.num_processes, accelerator.device.type == "cuda"
+    own = shares if processes == 1 else [shares[accelerator.process_index]]
+    set_learning_rate(state.optimizer, state.stage.learning_rate)
+    losses = [numbers(train_step(state, own, step=step)) for step in range(COMPARED)]
+    set_learning_rate(state.optimizer, 0.0)
+    train_step(state, own[:1], step=COMPARED)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    accelerator.wait_for_everyone()
+    tokens, started = 0, time.perf_counter()
+    for step in range(size.repeats):
+        tokens += train_step(state, own[:1], step=step).counted["tokens"]
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+    return {"ms": 1e3 * seconds / size.repeats, "tokens_per_s": tokens / seconds, "gib": peak, "losses": losses}
+
+
+def numbers(result: StepResult) -> dict[str, float]:
+    """What a step tells."""
+    told = {"loss": result.loss, **result.parts, "grad_norm": result.grad_norm}
+    return {name: float(value) for name, value in told.items()}
+
+
+def work(size: Size, most: int) -> None:
+    """What each process does; the first one prints a line for each way to hold the models."""
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = dataclasses.replace(read_recipe(Path(folder)), trackers=())
+        accelerator = _make_accelerator(recipe, Path(folder))
+        assert recipe.teacher, "the recipe has no teacher"
+        teacher = random_model(AutoConfig.from_pretrained(recipe.teacher.path), size, accelerator.device, 2)
+        cast(teacher, torch.bfloat16)
+        teacher.model.requires_grad_(False).eval()
+        shares = [rows_of(size, share) for share in range(most)]
+        for sharding in SHARDINGS if accelerator.num_processes > 1 else SHARDINGS[:1]:
+            state = made_ready(recipe, size, accelerator, teacher, sharding)
+            line = {"processes": accelerator.num_processes, "sharding": sharding} | measured(state, size, shares)
+            if accelerator.is_main_process:
+                print(json.dumps(line), flush=True)
+            del state
+            accelerator.free_memory()
+            gc.collect()
+        accelerator.end_training()
+
+
+def lines_of(processes: int, most: int, tiny: bool) -> Iterator[dict[str, Any]]:
+    """Start this script on so many devices and read what it prints; why it ended, if it failed."""
+    by = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    command = [sys.executable, *by, __file__, "--work", "--processes", str(most), *["--tiny"] * tiny]
+    cpu = {} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"}  # or they would not know one another
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | cpu) as process:
+        assert process.stdout is not None
+        yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
+    if process.returncode:
+        yield {"processes": processes, "failed": process.returncode}
+
+
+def beside(line: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
+    """Tokens a second beside so many times one device's, and the largest relative difference of each loss."""
+    pairs = [(one, other) for one, other in zip(line["losses"], base["losses"], strict=True)]
+    errors = {name: max(abs(one[name] / other[name] - 1) for one, other in pairs) for name in pairs[0][0]}
+    return {"scaling": line["tokens_per_s"] / (line["processes"] * base["tokens_per_s"]), "loss_error": errors}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, and start or be one of the processes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--tiny", action="store_true", help="models of a few layers, to see that everything runs")
+    parser.add_argument("--processes", type=int, default=2, help="how many devices beside one")
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    size = TINY if options.tiny else Size()
+    if options.work:
+        work(size, options.processes)
+        return
+    if options.out is None:
+        parser.error("--out is missing")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found: dict[str, Any] = {"environment": environment(device), "size": dataclasses.asdict(size), "lines": []}
+    for processes in (1, options.processes):
+        for line in lines_of(processes, options.processes, options.tiny):
+            base = next(iter(found["lines"]), line)
+            if "losses" in line and "losses" in base:
+                line |= beside(line, base)
+            found["lines"].append(line)
+            print(json.dumps({name: value for name, value in line.items() if name != "losses"}), flush=True)
+            options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

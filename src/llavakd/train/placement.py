@@ -1,0 +1,52 @@
+"""Where weights live: whole on every process (DDP) or in shards (FSDP2), and how tensors go from the one to the other."""
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def place(accelerator: Accelerator, module: nn.Module, teacher: nn.Module | None, sharding: str) -> nn.Module:
+    """Bring the student's module and the teacher to the device, as `sharding` says; a process alone holds both whole.
+
+    Shards are float32 under autocast, as in DDP: a policy of FSDP's would round the weights of norms, for other losses.
+    """
+    device, shards = accelerator.device, sharding != "none" and accelerator.num_processes > 1
+    if shards:
+        module = accelerator.prepare_model(module, device_placement=False, evaluation_mode=True)  # autocast, no DDP
+        tower, decoder = (module.get_submodule(f"model.model.{part}") for part in ("vision_tower", "language_model"))
+        _shard(module, decoder, kept=tower.to(device))  # where it is frozen, it runs before the module
+    if shards and teacher and sharding == "both":
+        decoder = teacher.get_submodule("model.language_model")
+        _shard(decoder, decoder, kept=decoder)  # its embedding, perhaps the head, is used outside of it
+    if teacher:
+        teacher.to(device)
+    return module if shards else accelerator.prepare(module)
+
+
+def _shard(root: nn.Module, decoder: nn.Module, *, kept: nn.Module) -> None:
+    """Shard a decoder's layers, gathered one by one, and below `root` the rest but what is frozen of `kept`."""
+    frozen = {weight for weight in kept.parameters() if not weight.requires_grad}
+    for layer in decoder.get_submodule("layers").children():
+        fully_shard(layer)
+    fully_shard(root, ignored_params=frozen)
+
+
+def joined(tensor: Tensor, *, keep: bool) -> Tensor:
+    """A tensor from its shards on all processes, which must all call; in the host's memory, or empty if not to be kept."""
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.cpu() if keep else full.new_empty(0)
+
+
+def join(module: nn.Module, *, keep: bool) -> None:
+    """Where they are kept, put `joined` weights in the place of a module's own; tied ones must be tied again."""
+    for name, weight in list(module.named_parameters()):
+        (place, _, own), full = name.rpartition("."), joined(weight.detach(), keep=keep)
+        if keep:
+            module.get_submodule(place).register_parameter(own, nn.Parameter(full))
+
+
+def like(tensor: Tensor, placed: Tensor) -> Tensor:
+    """A tensor that every process has whole, sharded as another one of its shape."""
+    how = (placed.device_mesh, placed.placements) if isinstance(placed, DTensor) else None
+    return distribute_tensor(tensor.to(placed.device), *how, src_data_rank=None) if how else tensor
