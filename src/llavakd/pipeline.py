@@ -196,10 +196,8 @@ def _train(run: Run, stage: StageConfig, before: StageConfig | None) -> dict[str
 
 
 def _make_fast(recipe: Recipe, state: TrainState) -> None:
-    """Free the tower that the student's stands for, and set attention, compilation and checkpointing as they are to be."""
-    student, teacher, pair = state.student.model, state.teacher, state.pair
-    if teacher and pair and pair.shared_tower and "vision_tower" not in state.stage.train:
-        del teacher.model.model.vision_tower
+    """Set attention, compilation and checkpointing as they are to be."""
+    student, teacher = state.student.model, state.teacher
     for model in [student, *([teacher.model] if teacher else [])]:
         if state.accelerator.device.type == "cuda" and recipe.precision == "bf16":
             attend_by_rows(model)

@@ -234,6 +234,14 @@ def test_two_processes_quantise_alike_and_refuse_together(tiny, command, tmp_pat
         for name in ("alone", "together")
     )
     assert other["teacher_drift"] == pytest.approx(one["teacher_drift"], rel=1e-6)
+    code, err = torchrun(tiny.recipe(tmp_path / "sharded.yaml", tree | {"sharding": "both"}), tmp_path / "sharded")
+    assert code == 0, err
+    losses = [
+        json.loads((tmp_path / name / tree["stages"][0]["name"] / "metrics.jsonl").read_text("utf-8").splitlines()[0])
+        for name in ("alone", "together", "sharded")
+    ]
+    assert losses[1]["loss"] == pytest.approx(losses[0]["loss"], rel=1e-4)
+    assert losses[2]["loss"] == pytest.approx(losses[0]["loss"], rel=1e-4)
     tree["teacher"]["max_drift"] = 0.0
     code, err = torchrun(tiny.recipe(tmp_path / "refused.yaml", tree), tmp_path / "refused")
     assert code == 1

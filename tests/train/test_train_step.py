@@ -1,6 +1,8 @@
-"""One step: nothing is updated by a gradient that is not finite, and every rank gives every part a gradient."""
+"""One step: a gradient that is not finite is named with its rows, and every rank gives every part a gradient."""
 
+import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,15 @@ from llavakd.losses.objective import Counts
 from llavakd.models.alignment import align
 from llavakd.models.student import build_student, load_teacher, vision_features
 from llavakd.train.loop import micro_batch_size, total_steps
-from llavakd.train.step import NonFiniteError, StudentModule, TrainState, build_optimizer, check_finite, train_step
+from llavakd.train.step import (
+    NonFiniteError,
+    StudentModule,
+    TrainState,
+    _tower,
+    build_optimizer,
+    check_finite,
+    train_step,
+)
 
 STAGE = StageConfig(
     name="dft",
@@ -301,3 +311,20 @@ def test_a_global_batch_that_does_not_divide_over_processes_is_refused():
     assert micro_batch_size(dataclasses.replace(stage, micro_batch_size=None), processes=4) == 3
     with pytest.raises(UserError, match=r"stage dft: global_batch_size 12 .* 8 processes x micro_batch_size 3"):
         micro_batch_size(stage, processes=8)
+
+
+@pytest.mark.parametrize("changed", [None, "another tower", "float32 teacher", "fp32", "no teacher"])
+def test_the_teachers_tower_serves_both_only_where_it_is_the_same_and_as_narrow_as_autocast(state, changed):
+    teacher = dataclasses.replace(state.teacher, model=copy.deepcopy(state.teacher.model))
+    if changed != "float32 teacher":
+        teacher.model.bfloat16()
+    accelerator = SimpleNamespace(mixed_precision="no" if changed == "fp32" else "bf16")
+    given = (
+        {"pair": dataclasses.replace(state.pair, shared_tower=changed != "another tower")}
+        if changed != "no teacher"
+        else {}
+    )
+    given |= {"teacher": teacher} if changed != "no teacher" else {"teacher": None, "pair": None}
+    chosen, narrow = _tower(dataclasses.replace(state, accelerator=accelerator, **given))
+    assert narrow == (changed is None)
+    assert chosen is (teacher if narrow else state.student).model

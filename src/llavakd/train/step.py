@@ -117,8 +117,9 @@ def _forward(state: TrainState, batch: Batch, counts: Counts) -> Objective:
     tower_learns = "vision_tower" in state.stage.train
     with torch.no_grad():
         if features is None and pixels is not None and not tower_learns:
-            with state.accelerator.autocast():
-                features = vision_features(state.student.model, sent(pixels, device))
+            model, narrow = _tower(state)
+            with contextlib.nullcontext() if narrow else state.accelerator.autocast():
+                features = vision_features(model, sent(pixels, device).to(model.dtype))
         if teacher and state.pair:
             seen, visual = features, batch.segments == Segment.VISUAL
             if pixels is not None and (tower_learns or not state.pair.shared_tower):
@@ -130,8 +131,17 @@ def _forward(state: TrainState, batch: Batch, counts: Counts) -> Objective:
     return state.module(batch, features, taught, teacher.head if teacher else None, counts)
 
 
+def _tower(state: TrainState) -> tuple[Any, bool]:
+    """Whose frozen tower runs: the teacher's, if it is the same and held in what autocast would compute in; is it so?"""
+    teacher, pair, autocast = state.teacher, state.pair, state.accelerator.mixed_precision
+    narrow = bool(
+        teacher and pair and pair.shared_tower and autocast == "bf16" and teacher.model.dtype == torch.bfloat16
+    )
+    return (teacher if teacher and narrow else state.student).model, narrow
+
+
 def _count(accelerator: Accelerator, micro_batches: Sequence[Batch]) -> tuple[Counts, dict[str, int], int]:
-    """Counts of the global batch, and those of StepResult, over all micro-batches and ranks, and the most micro-batches; on the CPU."""
+    """Counts of the global batch, and those of StepResult, over micro-batches and ranks, and the most micro-batches; on the CPU."""
     counts = [count(b.labels, b.segments == Segment.VISUAL, b.image_rows, b.position_ids) for b in micro_batches]
     rows = [(int(batch.attention_mask.sum()), batch.truncated, len(batch.mistakes), 1) for batch in micro_batches]
     local = torch.cat([torch.tensor(counts), torch.tensor(rows)], dim=1).sum(0)
