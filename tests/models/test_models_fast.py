@@ -1,0 +1,89 @@
+"""Attention without a mask and compiled layers compute what stock models do."""
+
+import copy
+import functools
+import json
+
+import pytest
+import torch
+from model_parts import LANGUAGE_MODELS, VISION
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from llavakd import pipeline
+from llavakd.config import load_recipe
+from llavakd.models.fast import attend_by_rows, compile_layers
+from llavakd.models.student import final_hidden, load_student
+
+
+def model_of(family: str, **changes) -> LlavaForConditionalGeneration:
+    text = copy.deepcopy(LANGUAGE_MODELS[family])
+    for name, value in changes.items():
+        setattr(text, name, value)
+    config = LlavaConfig(vision_config={"model_type": "siglip_vision_model"} | VISION, text_config=text)
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa").double().eval()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "gemma", "phi"])
+def test_padded_rows_need_no_mask_and_padding_gets_no_gradient(family):
+    model = model_of(family)
+    rows = [torch.randint(2, 16, (length,)) for length in (9, 4, 1)]
+    ids, mask = (pad_sequence(each, batch_first=True) for each in (rows, [torch.ones_like(row) for row in rows]))
+    none = torch.zeros_like(ids, dtype=torch.bool)
+    wanted = final_hidden(model, ids, mask, none, None)
+    attend_by_rows(model)
+    seen = []
+    model.model.language_model.layers[0].register_forward_pre_hook(
+        lambda _, args, given: seen.append((args[0].requires_grad_(True), given.get("attention_mask"))),
+        with_kwargs=True,
+    )
+    found = final_hidden(model, ids, mask, none, None)
+    for row, (one, other) in enumerate(zip(found, wanted, strict=True)):
+        torch.testing.assert_close(one[: len(rows[row])], other[: len(rows[row])], rtol=0, atol=1e-12)
+    (embedded, given), live = seen[0], mask.bool()
+    assert given is None
+    (grad,) = torch.autograd.grad(found[live].square().sum(), embedded)
+    assert grad[live].abs().min() > 0
+    assert not grad[~live].any()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"), [("gemma3", {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]})]
+)
+def test_layers_that_do_not_see_all_before_them_keep_their_attention(family, changes):
+    model = model_of(family, **changes)
+    attend_by_rows(model)
+    assert model.model.language_model.config._attn_implementation == "sdpa"
+
+
+def test_a_compiled_stage_learns_what_it_learns_uncompiled(tiny, tmp_path, monkeypatch):
+    calls = []
+
+    def backend(graph, _inputs):
+        calls.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(pipeline, "compile_layers", functools.partial(compile_layers, backend=backend))
+    tree = tiny.tree()
+    found, weights, stage = [], [], tree["stages"][0]["name"]
+    for name in ("false", "true"):
+        out = tmp_path / name
+        recipe = load_recipe(tiny.recipe(tmp_path / f"{name}.yaml", tree), [f"compile={name}", "evaluation=null"])
+        pipeline.run_pipeline(recipe, out)
+        assert bool(calls) == (name == "true")
+        found.append([json.loads(line)["loss"] for line in (out / stage / "metrics.jsonl").open(encoding="utf-8")])
+        weights.append(dict(load_student(str(out / stage / "model")).model.named_parameters()))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_all_layers_of_both_parts_are_compiled():
+    model = model_of("qwen2")
+    compile_layers(model, backend="eager")
+    layers = [*model.model.vision_tower.modules(), *model.model.language_model.modules()]
+    stacks = [module for module in layers if isinstance(module, nn.ModuleList)]
+    assert len(stacks) == 2
+    assert all(layer._compiled_call_impl is not None for stack in stacks for layer in stack)
