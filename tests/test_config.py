@@ -23,7 +23,6 @@ from llavakd.config import (
     load_recipe,
     parse_recipe,
     resolve_paths,
-    to_tree,
 )
 from llavakd.data.chat import TEMPLATES
 from llavakd.errors import RecipeError, UserError
@@ -52,6 +51,10 @@ def path(tmp_path) -> Path:
     file = tmp_path / "recipe.yaml"
     file.write_text(TEXT, encoding="utf-8")
     return file
+
+
+def to_tree(recipe: Recipe) -> dict:
+    return yaml.safe_load(dump_recipe(recipe))
 
 
 def tree() -> dict:
@@ -238,8 +241,8 @@ def test_each_distilling_part_alone_needs_a_teacher(part):
         ("data:\n  x: {path: a, path: b}\n", r"key 'path' stands twice \(line 2\)"),
         ("stages:\n  - losses: {ce: 1,\n      ce: 2}\n", r"key 'ce' stands twice \(line 3\)"),
         ("name: [a\n", r"cannot read the recipe .*: while parsing a flow sequence"),
-        ("- a\n", "holds a list, expected a mapping"),
-        ("", "holds a NoneType, expected a mapping"),
+        ("- a\n", r"recipe\.yaml: the recipe: got \['a'\]; input should be an object"),
+        ("", "the recipe: got None; input should be an object"),
         (f"{TEXT}seed: 2026-01-01\n", "seed: got '2026-01-01'; input should be a valid integer"),
     ],
 )

@@ -194,12 +194,9 @@ _RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override (`a.b=c`; a stage by name or number) and check a recipe file; RecipeError where any of it fails."""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        tree = checked(dict[str, Any], yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecipeError) as error:
         raise RecipeError(f"cannot read the recipe {path}: {getattr(error, 'strerror', error)}") from error
-    if not isinstance(tree, dict):
-        kind = type(tree).__name__
-        raise RecipeError(f"{path} holds a {kind}, expected a mapping with keys name, student, data, ...")
     for override in overrides:
         try:
             _apply_override(tree, override)
@@ -216,7 +213,7 @@ def parse_recipe(tree: dict[str, Any]) -> Recipe:
     return recipe
 
 
-def checked(kind: type[Section], tree: dict[str, Any]) -> Section:
+def checked(kind: type[Section], tree: Any) -> Section:
     """A part of a recipe, or the whole, whose keys and values are right one by one; raises RecipeError."""
     try:
         # JSON mode: strict on types, yet lists may become tuples.
@@ -227,12 +224,7 @@ def checked(kind: type[Section], tree: dict[str, Any]) -> Section:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, every default written out; `load_recipe` reads it back to an equal Recipe."""
-    return yaml.safe_dump(to_tree(recipe), sort_keys=False, allow_unicode=True)
-
-
-def to_tree(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain dicts and lists."""
-    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
 
 
 def resolve_paths(recipe: Recipe, out: Path) -> Recipe:
@@ -246,7 +238,7 @@ def resolve_paths(recipe: Recipe, out: Path) -> Recipe:
                 part[key] = str(folders[prefix] / rest)
         return part
 
-    return parse_recipe(json.loads(json.dumps(to_tree(recipe)), object_hook=place))
+    return parse_recipe(json.loads(to_json(recipe), object_hook=place))
 
 
 def differing_keys(old: Any, new: Any, place: str = "") -> list[str]:
@@ -292,9 +284,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(problem: Any) -> str:
-    *above, last = problem["loc"]
-    place, got = ".".join(map(str, problem["loc"])), problem["input"]
+    place, got = ".".join(map(str, problem["loc"])) or "the recipe", problem["input"]
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        *above, last = problem["loc"]
         return f"unknown key {place!r}{nearest(last, [field.name for field in dataclasses.fields(_owner(above))])}"
     if problem["type"] in ("missing", "missing_argument"):
         return f"key {place!r} is missing; add it"

@@ -64,9 +64,8 @@ def check_source(
         progress(done := done + len(looks), len(samples))
     if clean is not None:
         with clean.open("w", encoding="utf-8") as file:
-            for number, index in enumerate(good):
-                file.write(",\n" if number else "[\n")
-                json.dump(samples.raw(index), file, ensure_ascii=False)
+            rows_kept = (json.dumps(samples.raw(index), ensure_ascii=False) for index in good)
+            file.writelines(f"{',' if number else '['}\n{row}" for number, row in enumerate(rows_kept))
             file.write("\n]\n" if good else "[]\n")
     return {
         "rows": samples.rows,
