@@ -240,6 +240,7 @@ def test_each_distilling_part_alone_needs_a_teacher(part):
         ("name: a\nname: b\n", r"key 'name' stands twice \(line 2\)"),
         ("data:\n  x: {path: a, path: b}\n", r"key 'path' stands twice \(line 2\)"),
         ("stages:\n  - losses: {ce: 1,\n      ce: 2}\n", r"key 'ce' stands twice \(line 3\)"),
+        ("? [a]\n: b\n", "found unhashable key"),
         ("name: [a\n", r"cannot read the recipe .*: while parsing a flow sequence"),
         ("- a\n", r"recipe\.yaml: the recipe: got \['a'\]; input should be an object"),
         ("", "the recipe: got None; input should be an object"),

@@ -180,11 +180,11 @@ class _RecipeLoader(yaml.SafeLoader):
     """Safe YAML that refuses repeated keys and reads 1e-3 as a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        seen: list[Any] = []
         for key_node, _ in node.value:
             if (key := self.construct_object(key_node)) in seen:
                 raise RecipeError(f"key {key!r} stands twice (line {key_node.start_mark.line + 1}); remove one")
-            seen.add(key)
+            seen.append(key)
         return super().construct_mapping(node, deep)
 
 
@@ -308,9 +308,8 @@ def _owner(place: list[Any], kind: Any = Recipe) -> Any:
 def _problems(recipe: Recipe) -> Iterator[str]:
     """Why a recipe whose keys and values are right one by one cannot make a run."""
     names = [stage.name for stage in recipe.stages]
-    for name in dict.fromkeys(names):
-        if names.count(name) > 1:
-            yield f"stages: two stages are called {name!r}; every stage writes its own folder, rename one"
+    for name in {name for name in names if names.count(name) > 1}:
+        yield f"stages: two stages are called {name!r}; every stage writes its own folder, rename one"
     read = [("evaluation", recipe.evaluation.data)] if recipe.evaluation else []
     for index, stage in enumerate(recipe.stages):
         place = f"stages.{index} ({stage.name})"
