@@ -85,7 +85,7 @@ def main() -> None:
         found["start"]["resident_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         for name, fast in (("fast", True), ("decode", False)):
             before = time.perf_counter()
-            told = check_data(name, data[name], [student], fast=fast)
+            told = check_data(data[name], [student], fast=fast)
             seconds = time.perf_counter() - before
             assert told["unusable"] == 0
             text = told["tokens"]["prompt"]["mean"] + told["tokens"]["response"]["mean"]

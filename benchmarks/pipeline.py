@@ -146,9 +146,8 @@ def parts_of_a_row(setup: Setup, batches: int) -> dict[str, float]:
             made = [
                 timed("processor", setup.student.image_processor, images=[one], return_tensors="pt") for one in pictures
             ]
-            rows.append(
-                Row(id=sample.id, text=text, pixels=torch.cat([one.pixel_values for one in made]) if made else None)
-            )
+            pixels = {"pixel_values": torch.cat([one.pixel_values for one in made])} if made else {}
+            rows.append(Row(id=sample.id, text=text, pictures=pixels))
         timed("collate", collate, rows, pad_token_id=pad)
         loaded = timed("all, by the data set", setup.dataset.__getitems__, indices)
         timed("all, by the data set", collate, loaded, pad_token_id=pad)

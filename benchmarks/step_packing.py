@@ -54,7 +54,8 @@ def make_row(name: str, answer: int, picture: Tensor | None, size: Size, rng: np
     segments = [Segment.PROMPT] * BEFORE + [Segment.VISUAL] * visual + [Segment.PROMPT] * BEFORE
     segments += [Segment.RESPONSE] * answer
     ids = rng.integers(10, size.vocabulary - 1, len(segments)).tolist()
-    return Row(id=name, text=Rendered(ids=ids, segments=segments), pixels=picture)
+    pictures = {} if picture is None else {"pixel_values": picture}
+    return Row(id=name, text=Rendered(ids=ids, segments=segments), pictures=pictures)
 
 
 def laid_out(rows: Sequence[Row], kind: str, tokens: int) -> list[Batch]:

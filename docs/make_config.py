@@ -90,8 +90,12 @@ def describe_bound(bound: Any) -> str:
             return f"above {low}"
         case annotated_types.Le(high):
             return f"at most {high}"
+        case annotated_types.Lt(high):
+            return f"below {high}"
         case annotated_types.MinLen(length):
             return f"{length} or more of them"
+    if pattern := getattr(bound, "pattern", None):
+        return f"of the form `{pattern}`"
     assert "allow_inf_nan=False" in repr(bound), f"no words for {bound!r}"
     return "finite"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import itertools
 import json
 import re
@@ -17,7 +18,7 @@ import typer.main
 import yaml
 
 from llavakd.cli import app
-from llavakd.config import load_recipe, parse_recipe, to_tree
+from llavakd.config import load_recipe, parse_recipe
 
 ROOT = Path(__file__).parents[1]
 DOCS, SOURCE = ROOT / "docs", ROOT / "src" / "llavakd"
@@ -72,7 +73,7 @@ def keys_of(tree: dict, prefix: str = "") -> Iterator[str]:
 
 def test_every_key_of_a_whole_recipe_has_its_row():
     subset = "data.pretrain.subset={group: x, start: 0.0, stop: 1.0}"
-    whole = to_tree(load_recipe(ANY_RECIPE, [subset]))
+    whole = dataclasses.asdict(load_recipe(ANY_RECIPE, [subset]))
     table = text_of(DOCS / "config.md").partition("## Templates")[0]
     assert sorted(re.findall(r"^\| `([\w.]+)` \|", table, re.MULTILINE)) == sorted(keys_of(whole))
 

@@ -411,7 +411,6 @@ def test_the_table_warns_of_what_does_not_fit(tiny, command, tmp_path, parts):
     ("words", "message"),
     [
         (["--gpu", "H10"], "did you mean 'H100'?"),
-        (["--gpus", "0"], "--gpus 0"),
         (["teacher.path=./none"], "teacher.path: there is no folder './none'"),
         (["student.language_model=./none"], "student.language_model: there is no folder './none'"),
         (["student.vision_tower=./none"], "student.vision_tower: there is no folder './none'"),
@@ -424,6 +423,13 @@ def test_what_cannot_be_planned_is_refused_by_its_key(tiny, command, tmp_path, w
     assert done.code == 1
     assert message in done.err
     assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("words", [("--gpus", 0), ("--efficiency", 0), ("--efficiency", 1.5)])
+def test_a_number_out_of_its_range_is_refused(tiny, command, tmp_path, words):
+    done = command("plan", tiny.recipe(tmp_path / "r.yaml"), *words)
+    assert done.code == 2
+    assert words[0] in done.err
 
 
 def test_a_stage_of_several_sources_counts_each_by_its_weight(tiny, command, tmp_path):

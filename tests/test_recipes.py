@@ -1,5 +1,6 @@
 """The committed recipes, run for real through the command line, shortened where noted."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import yaml
 from plan_llava_kd import QWEN, STUDENTS, local, write_configs
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from llavakd.config import load_recipe, to_tree
+from llavakd.config import load_recipe
 
 ROOT = Path(__file__).parents[1]
 LLAVA_KD = ROOT / "recipes" / "llava_kd"
@@ -135,7 +136,9 @@ def test_the_llava_kd_recipes_hold_the_published_values(name):
 
 
 def test_the_control_recipe_is_the_distilled_one_without_a_teacher():
-    distilled, control = (to_tree(load_recipe(LLAVA_KD / f"qwen2.5-0.5b{end}.yaml")) for end in ("", "-pt-sft-sft"))
+    distilled, control = (
+        dataclasses.asdict(load_recipe(LLAVA_KD / f"qwen2.5-0.5b{end}.yaml")) for end in ("", "-pt-sft-sft")
+    )
     for tree in (distilled, control):
         for key in ("name", "teacher"):
             tree.pop(key)

@@ -80,7 +80,7 @@ def check(
         found = check_recipe(loaded, out or Path("runs") / loaded.name, fast=fast, workers=workers)
     elif data and not recipe:
         source = config.DataConfig(path=str(data), images=str(images) if images else None)
-        found = {data.name: check_data(data.name, source, [], fast=fast, workers=workers, clean=write_clean)}
+        found = {data.name: check_data(source, [], fast=fast, workers=workers, clean=write_clean)}
     else:
         raise UserError("give either a recipe or --data FILE; --write-clean goes with --data")
     if report:

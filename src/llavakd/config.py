@@ -14,12 +14,14 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import to_json
 
 from llavakd.errors import RecipeError, nearest
 
 Part = Literal["vision_tower", "projector", "language_model"]
 TemplateName = Literal["pretrain", "vicuna_v1", "chatml"]
 MetricName = Literal["exact_match", "vqa_accuracy", "option_letter", "yes_no"]
+Section = typing.TypeVar("Section")
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -101,9 +103,9 @@ class LossConfig:
 class StageConfig:
     """One stage: what is trained, on what, towards what."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[\w-]+$")]  # a folder's
     data: str | Annotated[dict[str, Positive], Field(min_length=1)]
-    train: tuple[Part, ...]
+    train: Annotated[tuple[Part, ...], Field(min_length=1)]
     losses: LossConfig
     learning_rate: Positive
     global_batch_size: Count
@@ -144,10 +146,10 @@ class EvaluationConfig:
 class WorldConfig:
     """Draw a Shapes world into RUN/world before the run; data paths reach it as `world:instruct.json`."""
 
-    scenes: int
-    seed: int = 0
-    test_questions: int = 1000
-    noise: float = 0.0
+    scenes: Count
+    seed: Annotated[int, Field(ge=0)] = 0
+    test_questions: Annotated[int, Field(ge=2)] = 1000
+    noise: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,11 +181,11 @@ class _RecipeLoader(yaml.SafeLoader):
     """Safe YAML that refuses repeated keys and reads 1e-3 as a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        seen: list[Any] = []
         for key_node, _ in node.value:
             if (key := self.construct_object(key_node)) in seen:
                 raise RecipeError(f"key {key!r} stands twice (line {key_node.start_mark.line + 1}); remove one")
-            seen.add(key)
+            seen.append(key)
         return super().construct_mapping(node, deep)
 
 
@@ -193,42 +195,37 @@ _RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override (`a.b=c`; a stage by name or number) and check a recipe file; RecipeError where any of it fails."""
     try:
-        tree = _read_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
+        tree = checked(dict[str, Any], yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecipeError) as error:
         raise RecipeError(f"cannot read the recipe {path}: {getattr(error, 'strerror', error)}") from error
-    if not isinstance(tree, dict):
-        kind = type(tree).__name__
-        raise RecipeError(f"{path} holds a {kind}, expected a mapping with keys name, student, data, ...")
     for override in overrides:
         try:
             _apply_override(tree, override)
-        except RecipeError as error:
+        except (RecipeError, yaml.YAMLError) as error:
             raise RecipeError(f"override {override!r}: {error}") from error
     return parse_recipe(tree)
 
 
 def parse_recipe(tree: dict[str, Any]) -> Recipe:
     """Turn a plain tree of dicts and lists into a checked Recipe; raises RecipeError."""
-    try:
-        # JSON mode: strict on types, yet lists may become tuples.
-        recipe = TypeAdapter(Recipe).validate_json(json.dumps(tree))
-    except ValidationError as error:
-        raise RecipeError("\n".join(map(_explain, error.errors()))) from None
-    except TypeError as error:
-        raise RecipeError(f"the recipe holds a value that is neither text, number, list nor mapping: {error}") from None
+    recipe = checked(Recipe, tree)
     if problems := list(_problems(recipe)):
         raise RecipeError("\n".join(problems))
     return recipe
 
 
+def checked(kind: type[Section], tree: Any) -> Section:
+    """A part of a recipe, or the whole, whose keys and values are right one by one; raises RecipeError."""
+    try:
+        # JSON mode: strict on types, yet lists may become tuples.
+        return TypeAdapter(kind).validate_json(to_json(tree, bytes_mode="base64"))
+    except ValidationError as error:
+        raise RecipeError("\n".join(map(_explain, error.errors()))) from None
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, every default written out; `load_recipe` reads it back to an equal Recipe."""
-    return yaml.safe_dump(to_tree(recipe), sort_keys=False, allow_unicode=True)
-
-
-def to_tree(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain dicts and lists."""
-    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
 
 
 def resolve_paths(recipe: Recipe, out: Path) -> Recipe:
@@ -242,7 +239,7 @@ def resolve_paths(recipe: Recipe, out: Path) -> Recipe:
                 part[key] = str(folders[prefix] / rest)
         return part
 
-    return parse_recipe(json.loads(json.dumps(to_tree(recipe)), object_hook=place))
+    return parse_recipe(json.loads(to_json(recipe), object_hook=place))
 
 
 def differing_keys(old: Any, new: Any, place: str = "") -> list[str]:
@@ -266,13 +263,6 @@ def control_twin(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, name=name, stages=stages, teacher=None)
 
 
-def _read_yaml(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_RecipeLoader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{source} is not YAML: {error}") from error
-
-
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     path, equals, value = override.partition("=")
     if not equals or not path:
@@ -280,26 +270,24 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     *parents, last = path.split(".")
     node: Any = tree
     for depth, key in enumerate(parents, start=1):
-        place = ".".join(parents[:depth])
         if isinstance(node, list):
             numbered = {str(index): entry for index, entry in enumerate(node) if isinstance(entry, dict)}
-            node = numbered | (named := {str(entry.get("name")): entry for entry in numbered.values()})
-            if key not in node:
-                raise RecipeError(f"no entry {key!r} at {place}{nearest(key, named)}")
+            node = numbered | {str(entry.get("name")): entry for entry in numbered.values()}
         elif node.get(key) is None and key in ("teacher", "evaluation", "world", "subset"):
             node[key] = {}
-        if not isinstance(node.get(key), dict | list):
-            raise RecipeError(f"{place} is not a mapping{nearest(key, node)}")
-        node = node[key]
+        sections = {name: value for name, value in node.items() if isinstance(value, dict | list)}
+        if key not in sections:
+            raise RecipeError(f"{'.'.join(parents[:depth])} is not a mapping{nearest(key, sections)}")
+        node = sections[key]
     if isinstance(node, list):
         raise RecipeError(f"{'.'.join(parents)} is a list; name one of its entries and a key")
-    node[last] = _read_yaml(value, repr(value))
+    node[last] = yaml.load(value, Loader=_RecipeLoader)
 
 
 def _explain(problem: Any) -> str:
-    *above, last = problem["loc"]
-    place, got = ".".join(map(str, problem["loc"])), problem["input"]
+    place, got = ".".join(map(str, problem["loc"])) or "the recipe", problem["input"]
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        *above, last = problem["loc"]
         return f"unknown key {place!r}{nearest(last, [field.name for field in dataclasses.fields(_owner(above))])}"
     if problem["type"] in ("missing", "missing_argument"):
         return f"key {place!r} is missing; add it"
@@ -321,11 +309,8 @@ def _owner(place: list[Any], kind: Any = Recipe) -> Any:
 def _problems(recipe: Recipe) -> Iterator[str]:
     """Why a recipe whose keys and values are right one by one cannot make a run."""
     names = [stage.name for stage in recipe.stages]
-    for name in dict.fromkeys(names):
-        if names.count(name) > 1:
-            yield f"stages: two stages are called {name!r}; every stage writes its own folder, rename one"
-        if not name.replace("-", "").replace("_", "").isalnum():
-            yield f"stages: {name!r} becomes a folder name; use letters, digits, - and _ only"
+    for name in {name for name in names if names.count(name) > 1}:
+        yield f"stages: two stages are called {name!r}; every stage writes its own folder, rename one"
     read = [("evaluation", recipe.evaluation.data)] if recipe.evaluation else []
     for index, stage in enumerate(recipe.stages):
         place = f"stages.{index} ({stage.name})"
@@ -344,8 +329,6 @@ def _problems(recipe: Recipe) -> Iterator[str]:
 
 def _stage_problems(stage: StageConfig, recipe: Recipe) -> Iterator[str]:
     losses, weights, micro = stage.losses, stage.losses.weights, stage.micro_batch_size
-    if not stage.train:
-        yield "train: the stage trains nothing; name vision_tower, projector or language_model"
     if stage.lora_rank and "language_model" not in stage.train:
         yield f"lora_rank: updates the language model, but train is {', '.join(stage.train)}; add language_model"
     if not any(weights.values()):

@@ -13,7 +13,7 @@ from llavakd.data.samples import Samples, too_many
 from llavakd.errors import UserError
 from llavakd.models.alignment import align
 from llavakd.models.student import VisionLanguageModel, outline_folder, outline_student
-from llavakd.progress import bar, say
+from llavakd.progress import say
 from llavakd.train.checkpoint import write_text
 from llavakd.train.loop import micro_batch_size, total_steps
 
@@ -69,11 +69,9 @@ def check_recipe(recipe: Recipe, out: Path, **options: Any) -> dict[str, dict[st
     """The whole check of every source of a recipe whose run is or will be in `out`; the rest as `check_source`."""
     recipe = resolve_paths(recipe, out)
     models = readers_of(recipe)
-    return {name: check_data(name, data, models, **options) for name, data in used_sources(recipe).items()}
+    return {name: check_data(data, models, **options) for name, data in used_sources(recipe).items()}
 
 
-def check_data(name: str, data: DataConfig, models: list[VisionLanguageModel], **options: Any) -> dict[str, Any]:
-    """`check_source` of one source as these models read it, with a bar."""
-    readers = [(model.renderer(data), model.image_processor) for model in models]
-    with bar(f"check {name}", 100) as advance:
-        return check_source(data, readers, **options, progress=lambda done, total: advance(100 * done // total))
+def check_data(data: DataConfig, models: list[VisionLanguageModel], **options: Any) -> dict[str, Any]:
+    """`check_source` of one source as these models read it."""
+    return check_source(data, [(model.renderer(data), model.image_processor) for model in models], **options)

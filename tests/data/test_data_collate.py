@@ -37,7 +37,8 @@ def row(name: str, pictures: int, length: int, *, cached: bool = False, truncate
         segments=[int(Segment.PROMPT)] * prompt + [int(Segment.RESPONSE)] * (length - prompt),
         truncated=truncated,
     )
-    return Row(id=name, text=text, pixels=None if cached else filled, features=filled if cached else None)
+    part = "features" if cached else "pixel_values"
+    return Row(id=name, text=text, pictures={} if filled is None else {part: filled})
 
 
 def labels_of(text: Rendered) -> list[int]:
@@ -160,7 +161,7 @@ def test_cached_features_stand_in_for_pictures_that_are_then_never_opened(tmp_pa
     features = torch.arange(2 * 2 * 5, dtype=torch.float32).reshape(2, 2, 5)
     save_features(tmp_path / "store.safetensors", ["red.png", "blue.png"], features)
     rows = dataset(SAMPLES, renderer, "nowhere", None, store=FeatureStore(tmp_path / "store.safetensors"))
-    assert rows[1].features is None, "a row of text has no features, not none of them"
+    assert rows[1].pictures == {}, "a row of text has no features, not none of them"
     batch = collate([rows[i] for i in range(3)], pad_token_id=END)
     assert batch.pixel_values is None
     assert torch.equal(batch.features, features[[0, 1, 0]])
@@ -260,7 +261,7 @@ def test_packs_hold_every_row_whole_once_one_behind_the_other(limit, cached):
         assert pack.position_ids.tolist() == [[place for one in rows for place in range(len(one.text.ids))]]
         dtypes = [pack.input_ids.dtype, pack.labels.dtype, pack.segments.dtype, pack.position_ids.dtype]
         assert dtypes == [torch.int64, torch.int64, torch.uint8, torch.int64]
-        held = [one.features if cached else one.pixels for one in rows]
+        held = [one.pictures.get("features" if cached else "pixel_values") for one in rows]
         assert pack.image_rows.tolist() == [number for number, one in enumerate(held) if one is not None for _ in one]
         got = pack.features if cached else pack.pixel_values
         assert (got is None) == all(one is None for one in held)

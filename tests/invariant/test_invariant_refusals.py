@@ -32,7 +32,11 @@ REFUSALS = {
     "wrong type of a weight": ("stages.0.losses.ce", "one", ["stages.0.losses.ce: got 'one'", "number"]),
     "unknown part": ("stages.0.train", ["projecter"], ["'projecter'", "did you mean 'projector'?"]),
     "missing key": ("stages.2.learning_rate", None, ["'stages.2.learning_rate' is missing"]),
-    "a stage that trains nothing": ("stages.1.train", [], ["stages.1 (sft).train: the stage trains nothing"]),
+    "a stage that trains nothing": (
+        "stages.1.train",
+        [],
+        ["stages.1.train: got []; tuple should have at least 1 item"],
+    ),
     "no loss": ("stages.1.losses", {"ce": 0.0}, ["stages.1 (sft).losses: every weight is 0"]),
     "distillation without a teacher": ("teacher", None, ["stages.0 (dpt).losses.response_kl", "no `teacher`"]),
     "two stages of one name": ("stages.1.name", "dpt", ["two stages are called 'dpt'"]),

@@ -277,7 +277,7 @@ def test_noise_makes_that_share_of_answers_wrong_and_nothing_else(world: Path, t
 
 @pytest.mark.parametrize("noise", [-0.1, 1.0])
 def test_a_noise_that_is_no_share_is_refused(tmp_path: Path, noise: float) -> None:
-    with pytest.raises(ValueError, match=f"got noise={noise}, expected a share"):
+    with pytest.raises(ValueError, match=f"noise: got {noise}; input should be"):
         write_world(tmp_path / "new", WorldConfig(scenes=1, noise=noise))
     assert not (tmp_path / "new").exists()
 
@@ -292,7 +292,8 @@ def test_bad_places_and_numbers_are_refused_before_anything_is_written(tmp_path:
     good: dict[str, Any] = {"scenes": 1, "seed": 0, "test_questions": 2, "workers": 1}
     for name, least in good.items():
         workers = (wrong := {**good, name: least - 1}).pop("workers")
-        with pytest.raises(ValueError, match=f"got {name}={least - 1}, expected at least {least}"):
+        told = f"{name}: got {least - 1}; " if name != "workers" else "max_workers must be greater than 0"
+        with pytest.raises(ValueError, match=told):
             write_world(tmp_path / "new", WorldConfig(**wrong), workers=workers)
     assert not (tmp_path / "new").exists()
 

@@ -221,10 +221,11 @@ def test_packs_give_the_parts_and_gradients_of_a_padded_batch(state, tiny, case)
     rows = rows.__getitems__(range(len(rows)))
     if case == "cached features":
         rows = [
-            row if row.pixels is None
-            else dataclasses.replace(row, pixels=None, features=vision_features(state.student.model, row.pixels).detach())
+            dataclasses.replace(row, pictures={"features": vision_features(state.student.model, held).detach()})
+            if (held := row.pictures.get("pixel_values")) is not None
+            else row
             for row in rows
-        ]  # fmt: skip
+        ]
     (padded,) = collate_step(rows, pad_token_id=0, max_tokens=None)
     packs = collate_step(rows, pad_token_id=0, max_tokens=max(tokens, padded.input_ids.shape[1]))
     if tokens == 1:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from llavakd.data.chat import ChatRenderer, Segment
 from llavakd.data.files import DataError, is_table
 from llavakd.data.pictures import read_image
 from llavakd.data.samples import Sample, load_samples
+from llavakd.progress import bar
 
 HARMLESS = ("truncated", "duplicate")  # kinds of finding with which a row still trains
 _CHUNK = 256
@@ -32,16 +33,14 @@ def check_source(
     fast: bool = False,
     workers: int | None = None,
     clean: Path | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Look at every row of one source as all `readers` would read it; without any only rows and pictures are looked at.
+    """Look at every row of one source, with a bar, as all `readers` would read it; without any only at rows and pictures.
 
     `fast`: pictures only have to be there; else they are decoded, and each size goes through every processor once.
-    `workers`: processes, default one a core; `clean`: where a JSON list of the rows that train, each once, is written;
-    `progress` gets (rows done, rows in all). Returns `rows`; `unusable`, how many of them; `findings` (dicts of row,
-    kind, message; kind is row, text, picture or one of HARMLESS); `text_only`, a share of the good rows; `tokens` by
-    segment (mean, median, 95 %, largest). Raises DataError where the file as a whole cannot be read, or a clean copy of
-    a table is asked for.
+    `workers`: processes, default one a core; `clean`: where a JSON list of the rows that train, each once, is written.
+    Returns `rows`; `unusable`, how many of them; `findings` (dicts of row, kind, message; kind is row, text, picture or
+    one of HARMLESS); `text_only`, a share of the good rows; `tokens` by segment (mean, median, 95 %, largest). Raises
+    DataError where the file as a whole cannot be read, or a clean copy of a table is asked for.
     """
     if clean is not None and is_table(Path(data.path)):
         raise DataError(f"{data.path} is a table, and only JSON can be written clean; filter it with `datasets`")
@@ -54,19 +53,19 @@ def check_source(
     done, workers = 0, min(workers or os.cpu_count() or 1, len(samples) // _CHUNK + 1)
     options: dict[str, Any] = {"dataset": samples, "num_workers": workers if workers > 1 else 0}
     look_at = partial(_look_at, data, readers, fast, set())
-    for looks in DataLoader(**options, batch_size=_CHUNK, collate_fn=look_at):
-        for index, (digest, counts, wrong) in enumerate(looks, done):
-            if (same := first.setdefault(digest, index)) != index:
-                wrong["duplicate"] = f"the same as row {samples[same].id!r}"
-            findings += [{"row": samples[index].id, "kind": kind, "message": wrong[kind]} for kind in sorted(wrong)]
-            tokens += counts
-            good += [index] if wrong.keys() <= {"truncated"} else []
-        progress(done := done + len(looks), len(samples))
+    with bar(f"check {Path(data.path).name}", len(samples)) as advance:
+        for looks in DataLoader(**options, batch_size=_CHUNK, collate_fn=look_at):
+            for index, (digest, counts, wrong) in enumerate(looks, done):
+                if (same := first.setdefault(digest, index)) != index:
+                    wrong["duplicate"] = f"the same as row {samples[same].id!r}"
+                findings += [{"row": samples[index].id, "kind": kind, "message": wrong[kind]} for kind in sorted(wrong)]
+                tokens += counts
+                good += [index] if wrong.keys() <= {"truncated"} else []
+            advance(done := done + len(looks))
     if clean is not None:
         with clean.open("w", encoding="utf-8") as file:
-            for number, index in enumerate(good):
-                file.write(",\n" if number else "[\n")
-                json.dump(samples.raw(index), file, ensure_ascii=False)
+            lines = (json.dumps(samples.raw(index), ensure_ascii=False) for index in good)
+            file.writelines(f"{',' if number else '['}\n{line}" for number, line in enumerate(lines))
             file.write("\n]\n" if good else "[]\n")
     return {
         "rows": samples.rows,

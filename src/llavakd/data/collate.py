@@ -55,13 +55,11 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One sample, rendered, with its pictures as pixels or features; or what is wrong with it."""
+    """One sample, rendered, with its pictures as a `Batch` names them; or what is wrong with it."""
 
     id: str
     text: Rendered
-    pixels: Tensor | None = None
-    features: Tensor | None = None
-    teacher_pixels: Tensor | None = None
+    pictures: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     mistake: str | None = None
 
 
@@ -82,7 +80,7 @@ class RowDataset(Dataset[Row]):
     def __init__(
         self, sources: Sequence[Source], *, image_processor: Any, teacher_processor: Any = None, seed: int = 0
     ) -> None:
-        processors = {"pixels": image_processor, "teacher_pixels": teacher_processor}
+        processors = {"pixel_values": image_processor, "teacher_pixel_values": teacher_processor}
         self.sources, self.processors = sources, {name: one for name, one in processors.items() if one is not None}
         drawn = [_drawn(len(source.samples), source.weight, seed) for source in sources]
         self._places = np.stack([np.repeat(np.arange(len(sources)), [*map(len, drawn)]), np.concatenate(drawn)], axis=1)
@@ -107,7 +105,7 @@ class RowDataset(Dataset[Row]):
 
     def _row(self, source: Source, sample: Sample, text: Rendered | DataError) -> Row:
         """A row with its pictures, or one that stands for it and says what is wrong."""
-        pictures: dict[str, Any] = {}
+        pictures: dict[str, Tensor] = {}
         try:
             if isinstance(text, DataError):
                 raise text
@@ -116,10 +114,10 @@ class RowDataset(Dataset[Row]):
             elif sample.images:
                 for name, processor in self.processors.items():
                     pictures[name] = load_pixels(source.data, sample.images, processor)
+            return Row(id=sample.id, text=text, pictures=pictures)
         except DataError as error:
             nothing = Rendered(ids=[source.renderer.end_token_id], segments=[Segment.PROMPT])
             return Row(id=sample.id, text=nothing, mistake=f"row {sample.id!r} left out: {error}")
-        return Row(id=sample.id, text=text, **pictures)
 
 
 def _drawn(rows: int, weight: float, seed: int) -> np.ndarray:
@@ -149,24 +147,20 @@ def collate(rows: Sequence[Row], *, pad_token_id: int, packed: bool = False) -> 
         lines = [torch.tensor(values, dtype=dtype) for values in lists]
         return torch.cat(lines)[None] if packed else pad_sequence(lines, batch_first=True, padding_value=fill)
 
-    def joined(part: str) -> Tensor | None:
-        held = [getattr(row, part) for row in rows if getattr(row, part) is not None]
-        return torch.cat(held) if held else None
-
     input_ids = laid([row.text.ids for row in rows], pad_token_id)
     segments = laid([row.text.segments for row in rows], Segment.PADDING, torch.uint8)
-    owners = [i for i, row in enumerate(rows) for held in (row.pixels, row.features) if held is not None for _ in held]
+    parts = {part for row in rows for part in row.pictures}
+    pictures = {part: torch.cat([row.pictures[part] for row in rows if part in row.pictures]) for part in parts}
+    owners = [number for number, row in enumerate(rows) for _ in next(iter(row.pictures.values()), ())]
     return Batch(
         input_ids=input_ids,
         attention_mask=(segments != Segment.PADDING).long(),
         labels=input_ids.where(segments == Segment.RESPONSE, IGNORE_INDEX),
         segments=segments,
         image_rows=torch.tensor(owners, dtype=torch.int64),
-        pixel_values=joined("pixels"),
-        features=joined("features"),
-        teacher_pixel_values=joined("teacher_pixels"),
         position_ids=laid([range(len(row.text.ids)) for row in rows], 0) if packed else None,
         sample_ids=tuple(row.id for row in rows),
         truncated=sum(row.text.truncated for row in rows),
         mistakes=tuple(row.mistake for row in rows if row.mistake),
+        **pictures,
     )

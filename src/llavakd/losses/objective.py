@@ -95,10 +95,8 @@ def objective(
     if losses.relation and len(image_rows):
         assert teacher_hidden is not None, "the relation needs a teacher"
         assert teacher_head is not None, "the relation needs the teacher's head"
-        pictures = (
-            one[len(response) :].unflatten(0, (len(image_rows), -1)) for one in (student_hidden, teacher_hidden)
-        )
-        student, teacher = pictures
+        shape = len(image_rows), -1
+        student, teacher = (side[len(response) :].unflatten(0, shape) for side in (student_hidden, teacher_hidden))
         how: dict[str, Any] = {"center": losses.relation_center, "row_normalize": losses.relation_row_normalize}
         relation = relation_distance(student, student_head, teacher, teacher_head, vocab_size=vocab_size, **how)
         if reduction == "sample":

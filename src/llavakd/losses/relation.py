@@ -50,9 +50,7 @@ def relation_distance(
 
 def gram(hidden: Tensor, head: Tensor) -> Tensor:
     """Z Z^T of the logits Z = H W^T: [B, N, D], [V, D] -> float32 [B, N, N]."""
-    operands = _operands(hidden, head, len(head))
-    with torch.autocast(hidden.device.type, enabled=False):
-        return _gram(*operands)
+    return _gram(*_operands(hidden, head, len(head)))
 
 
 def _unit_gram(
@@ -60,18 +58,17 @@ def _unit_gram(
 ) -> Tensor:
     """`gram` of Frobenius norm one, [B, N, N]; arguments as `relation_distance`."""
     hidden, square = _operands(hidden, head, vocab_size)
-    with torch.autocast(hidden.device.type, enabled=False):
-        if valid is not None:
-            hidden = hidden.where(valid.unsqueeze(-1), 0)
-        if center:
-            hidden = hidden.to(square.dtype)
-            count = hidden.shape[-2] if valid is None else valid.sum(-1)[..., None, None].clamp_min(1)
-            hidden = hidden - hidden.sum(-2, keepdim=True) / count
-            hidden = hidden if valid is None else hidden.where(valid.unsqueeze(-1), 0)
-        matrix = _gram(hidden, square)
-        if row_normalize:
-            length = matrix.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(matrix.dtype).tiny).sqrt()
-            matrix = matrix / (length.unsqueeze(-1) * length.unsqueeze(-2))
+    if valid is not None:
+        hidden = hidden.where(valid.unsqueeze(-1), 0)
+    if center:
+        hidden = hidden.to(square.dtype)
+        count = hidden.shape[-2] if valid is None else valid.sum(-1)[..., None, None].clamp_min(1)
+        hidden = hidden - hidden.sum(-2, keepdim=True) / count
+        hidden = hidden if valid is None else hidden.where(valid.unsqueeze(-1), 0)
+    matrix = _gram(hidden, square)
+    if row_normalize:
+        length = matrix.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(matrix.dtype).tiny).sqrt()
+        matrix = matrix / (length.unsqueeze(-1) * length.unsqueeze(-2))
     norm = torch.linalg.matrix_norm(matrix, keepdim=True)
     return matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny)
 
@@ -84,7 +81,8 @@ def _operands(hidden: Tensor, head: Tensor, vocab_size: int) -> tuple[Tensor, Te
 
 def _gram(hidden: Tensor, square: Tensor) -> Tensor:
     tokens = hidden.shape[-2]  # Tensor cores want rows of whole 16 bytes; tokens of zeros add zeros.
-    return _Gram.apply(F.pad(hidden, (0, 0, 0, -tokens % 8)), square)[..., :tokens, :tokens]
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _Gram.apply(F.pad(hidden, (0, 0, 0, -tokens % 8)), square)[..., :tokens, :tokens]
 
 
 class _Gram(torch.autograd.Function):

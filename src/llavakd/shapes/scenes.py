@@ -13,11 +13,8 @@ from PIL import Image
 
 WORLD: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("world.yaml").read_text(encoding="utf-8"))
 SHAPES, COLORS, SIZES, PLACES = (tuple(WORLD[key]) for key in ("shapes", "colors", "sizes", "places"))
+SPLITS = tuple(dict.fromkeys(WORLD["buckets"]))
 SIDE = 3  # Cells along one side of the grid.
-SPLITS = ("train", "text", "val", "test")
-# Most of the space goes to the pictures that are trained on; a fifth is plenty for each of the others.
-_SPLIT_OF_BUCKET = ("train", *SPLITS)
-
 CELL, JITTER, NOISE = WORLD["cell"], WORLD["jitter"], WORLD["noise"]
 GROUND, RGB, DIAMETER = WORLD["ground"], WORLD["colors"], WORLD["sizes"]
 # Which pixels belong to a shape, from their places right of and below its centre in half diameters.
@@ -73,7 +70,7 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
 def split_of(scene: Scene) -> str:
     """The one split of SPLITS in which a scene may appear, by a stable hash of its caption, whatever the world's seed."""
     digest = hashlib.blake2b(caption(scene).encode(), digest_size=8).digest()
-    return _SPLIT_OF_BUCKET[int.from_bytes(digest, "big") % len(_SPLIT_OF_BUCKET)]
+    return WORLD["buckets"][int.from_bytes(digest, "big") % len(WORLD["buckets"])]
 
 
 def random_scene(rng: np.random.Generator) -> Scene:

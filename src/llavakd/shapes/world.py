@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from llavakd.config import WorldConfig
+from llavakd.config import WorldConfig, checked
 from llavakd.errors import UserError
 from llavakd.progress import bar
 from llavakd.shapes.questions import KINDS, Question, ask, ask_several, mistaken
@@ -98,15 +98,11 @@ def write_world(directory: Path, world: WorldConfig, *, workers: int = 1) -> tup
     twenty-fourth of the third), `test` (`test_questions` rows of one question, its kind as `type`) and `val` (half as
     many). No scene is in two splits; those told in words are of the split `text`. `noise` is the share of wrong answers
     in `instruct`, so in `mixed`. Returns how many pictures and how many rows of each list were written. Raises
-    UserError, with nothing written, where the folder is not empty, `scenes` or `workers` below 1, `seed` below 0,
-    `test_questions` below 2 or `noise` not from 0 to below 1.
+    UserError, with nothing written, where the folder is not empty or a number of `world` is out of its range.
     """
-    given = {**vars(world), "workers": workers}
-    for name, least in {"scenes": 1, "seed": 0, "test_questions": 2, "workers": 1}.items():
-        if given[name] < least:
-            raise UserError(f"got {name}={given[name]}, expected at least {least}; raise {name}")
-    if not 0 <= world.noise < 1:
-        raise UserError(f"got noise={world.noise}, expected a share from 0 to below 1; change noise")
+    checked(WorldConfig, vars(world))
+    # Not forked: the caller may hold threads, as everyone does who has imported torch.
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers != 1 else nullcontext()
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise UserError(f"got {directory}, expected a new or empty folder; choose another or empty it")
     images, exams = directory / "images", {"val": world.test_questions // 2, "test": world.test_questions}
@@ -115,8 +111,6 @@ def write_world(directory: Path, world: WorldConfig, *, workers: int = 1) -> tup
     sizes = {"train": world.scenes, "text": 2 * world.scenes} | sizes
     places = [(split, index) for split, size in sizes.items() for index in range(size)]
     rows: dict[str, list[str]] = {file: [] for file in ("pretrain", "instruct", "text", "mixed", "val", "test")}
-    # Not forked: the caller may hold threads, as everyone does who has imported torch.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 1 else nullcontext()
     with pool as workforce, bar("draw", len(places)) as advance:
         work = partial(workforce.map, chunksize=_CHUNK) if workforce else map
         for done, found in enumerate(work(partial(_rows, images, world, exams), places), start=1):
