@@ -121,6 +121,7 @@ def _run_stage(run: Run, stage: StageConfig, before: StageConfig | None) -> None
         return
     run.note(stage, state="running", fingerprint=fingerprint)
     run.note(stage, state="done", fingerprint=fingerprint, **_train(run, stage, before))
+    run.accelerator.free_memory()  # now that nothing names the models any more
     run.accelerator.wait_for_everyone()
 
 
@@ -178,7 +179,6 @@ def _train(run: Run, stage: StageConfig, before: StageConfig | None) -> dict[str
             updates.merge_and_unload()
         template = recipe.data[next(iter(stage.sources))].template
         write_folder(folder / "model", lambda partial: save_model(student, partial, template=template))
-    accelerator.free_memory()
     return {"steps": progress.step, "train_seconds": progress.seconds, **progress.counted}
 
 
