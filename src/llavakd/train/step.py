@@ -122,12 +122,12 @@ def _forward(state: TrainState, batch: Batch, counts: Counts) -> Objective:
 def _count(accelerator: Accelerator, micro_batches: Sequence[Batch]) -> tuple[Counts, dict[str, int], int]:
     """Counts of the global batch, and those of StepResult, over all micro-batches and ranks; the most micro-batches."""
     counts = [count(b.labels, b.segments == Segment.VISUAL, b.image_rows, b.position_ids) for b in micro_batches]
-    rows = [(int(batch.attention_mask.sum()), batch.truncated, len(batch.mistakes), 1) for batch in micro_batches]
-    local = torch.cat([torch.tensor(counts), torch.tensor(rows)], dim=1).sum(0)
-    ranks = accelerator.gather(local[None].to(accelerator.device)).cpu()
-    samples, *others, tokens, truncated, left_out, _ = ranks.sum(0).tolist()
+    own = [int(rank == accelerator.process_index) for rank in range(accelerator.num_processes)]
+    rows = [(int(batch.attention_mask.sum()), batch.truncated, len(batch.mistakes), *own) for batch in micro_batches]
+    local = torch.cat([torch.tensor(counts), torch.tensor(rows)], dim=1).sum(0).to(accelerator.device)
+    samples, response, visual, images, tokens, truncated, left_out, *passes = accelerator.reduce(local).tolist()
     counted = {"tokens": tokens - left_out, "truncated": truncated, "left_out": left_out}
-    return Counts(samples - left_out, *others), counted, int(ranks[:, -1].max())
+    return Counts(samples - left_out, response, visual, images), counted, max(passes)
 
 
 def build_optimizer(module: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
