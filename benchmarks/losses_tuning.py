@@ -18,9 +18,9 @@ from llavakd.ops import rows as kernels
 from losses import PAIRS, draw, environment, floor, measure, ours
 
 VOCABULARY, TURNS = 151936, 3
-CHOSEN = (2048, 8)  # tile, warps
-SHAPES = [CHOSEN, (2048, 4), (4096, 8), (4096, 16), (8192, 16)]
-CHUNKS = [(3, 512), (1, 768), (2, 640), (4, 512), (2, 768)]  # chunks whose gradients share a product, rows of a chunk
+CHOSEN = (8192, 16)  # tile, warps
+SHAPES = [CHOSEN, (2048, 8), (4096, 8), (4096, 16), (8192, 8)]
+CHUNKS = [(4, 512), (3, 512), (1, 768), (2, 640), (5, 384)]  # chunks whose gradients share a product, rows of a chunk
 
 
 def times(images: int) -> list[dict]:

@@ -35,6 +35,7 @@ from step_contenders import (
     CONTENDERS,
     FAST,
     OURS,
+    QUANTIZED,
     REFERENCE,
     TINY,
     Case,
@@ -45,6 +46,7 @@ from step_contenders import (
     make_case,
     make_models,
     make_step,
+    quantized,
     read_recipe,
     released,
     switched,
@@ -56,6 +58,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from llavakd.config import Recipe
 from llavakd.data.collate import Batch
+from llavakd.errors import UserError
 from llavakd.models.student import VisionLanguageModel
 from llavakd.plan import StageCost, Tokens
 from llavakd.train import step as trainer
@@ -84,7 +87,10 @@ class PartClock:
 
 
 def measure_contender(case: Case, contender: Contender, size: Size, device: str) -> dict[str, Any]:
-    """Time, memory, time by part, seconds of compilation, and where the host waits for the device."""
+    """Time, memory, time by part, seconds of compilation, where the host waits, and a quantised teacher's drift."""
+    drift = None
+    if contender.quantize:
+        case, drift = quantized(case, contender.quantize)
     graphs = counters["stats"]["unique_graphs"]
     with switched(case.models, contender):
         step, stands = make_step(case, contender)
@@ -105,6 +111,8 @@ def measure_contender(case: Case, contender: Contender, size: Size, device: str)
     graphs = counters["stats"]["unique_graphs"] - graphs
     if graphs:  # of those that an earlier contender has compiled, none
         line |= {"graphs": graphs, "compile_s": (first - milliseconds) / 1e3}
+    if drift:
+        line["teacher_drift"] = drift
     return line
 
 
@@ -130,7 +138,7 @@ def agreement(case: Case) -> list[dict[str, Any]]:
     del exact
     found["reference"] = released_gradients(case, case.models.narrow, case.models.teacher)
     state = prepared(case.stage, case.models.student, case.teacher, vocab_size=len(case.models.student.head))
-    told = trainer._forward(state, case.batch, case.counts)
+    told = trainer._forward(state, case.host, case.counts)
     state.accelerator.backward(told.total)
     found["ours"] = told.parts, taken_gradients(case.models.student)
     lines = []
@@ -231,6 +239,8 @@ class Results:
         else:
             try:
                 told = make()
+            except UserError as error:  # what this device does not have
+                told = {"skipped": str(error)}
             except Exception as error:  # out of memory, or what a compiler cannot do: the others are measured still
                 told = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
             gc.collect()
@@ -273,7 +283,8 @@ def run(results: Results, size: Size, device: str, *, compile_whole: bool, table
             place = {"stage": stage, "rows": 2}
             case = make_case(recipe, stage, models, size, 2, device)
             results.note("agreement", place, partial(agreement, case))
-        plan = [("dft", most, CONTENDERS), ("dpt", most, (REFERENCE, CONTENDERS[1], OURS, FAST, CONTENDERS[-1]))]
+        distilled = (REFERENCE, CONTENDERS[1], OURS, FAST, QUANTIZED, *CONTENDERS[-2:])
+        plan = [("dft", most, CONTENDERS), ("dpt", most, distilled)]
         plan += [("sft", most, (REFERENCE, OURS, FAST))]
         plan += [(stage, rows, (REFERENCE, OURS, FAST)) for rows in fewer for stage in ("dft", "dpt")]
         for stage, rows, contenders in plan:

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,11 +19,14 @@ from plan_measured import BEFORE, batch_of, prepared, stage_of, whole
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from llavakd.config import Recipe, StageConfig, load_recipe
-from llavakd.data.chat import IGNORE_INDEX, Segment
+from llavakd.config import LossConfig, Recipe, StageConfig, load_recipe
+from llavakd.data.chat import Segment
 from llavakd.data.collate import Batch
-from llavakd.losses.objective import Counts, count
-from llavakd.models.student import VisionLanguageModel, student_config
+from llavakd.losses.objective import Counts, count, objective
+from llavakd.losses.rows import IGNORE_INDEX
+from llavakd.models.fast import _KEPT, attend_by_rows
+from llavakd.models.quantized import quantize
+from llavakd.models.student import VisionLanguageModel, final_hidden, student_config, vision_features
 from llavakd.train import step as trainer
 from llavakd.train.step import set_learning_rate
 from losses import released_parts
@@ -64,7 +68,11 @@ TINY = Size(
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """One way to compute a step; `compiled` names models, `optimizer` is the trainer's whole `train_step`."""
+    """One way to compute a step; `compiled` names models, `optimizer` is the trainer's whole `train_step`.
+
+    budget: share of the activations that a compiled layer may keep; it makes the rest again, cheapest first.
+    quantize: what a copy of the teacher is quantised to, None where the teacher itself is run.
+    """
 
     name: str
     released: bool = False
@@ -73,11 +81,14 @@ class Contender:
     compiled: tuple[str, ...] = ()
     checkpointing: bool = False
     optimizer: bool = False
+    budget: float = _KEPT
+    quantize: str | None = None
 
 
 BOTH = ("teacher", "student")
 REFERENCE = Contender(name="reference", released=True)
 FAST = Contender(name="ours, both compiled", compiled=BOTH)
+QUANTIZED = Contender(name="ours, both compiled, fp8 teacher", compiled=BOTH, quantize="fp8")
 OURS = Contender(name="ours")
 CONTENDERS = (
     REFERENCE,
@@ -86,10 +97,13 @@ CONTENDERS = (
     OURS,
     Contender(name="ours, teacher compiled", compiled=("teacher",)),
     FAST,
+    QUANTIZED,
     Contender(name="ours, student compiled", compiled=("student",)),
     Contender(name="ours, both compiled, train_step", compiled=BOTH, optimizer=True),
     Contender(name="ours, checkpointing", checkpointing=True),
     Contender(name="ours, both compiled, checkpointing", compiled=BOTH, checkpointing=True),
+    Contender(name="ours, both compiled, all activations kept", compiled=BOTH, budget=1.0),
+    Contender(name="ours, both compiled, half of them kept", compiled=BOTH, budget=0.5),
 )
 
 
@@ -97,13 +111,14 @@ CONTENDERS = (
 class Models:
     """Student in float32, the same numbers in bfloat16 (`narrow`), teacher in bfloat16; the towers are equal.
 
-    compiled: for each model, what a call of each of its compiled modules goes to.
+    compiled: for each model, what a call of each of its compiled modules goes to; `compile` makes that of another one.
     """
 
     student: VisionLanguageModel
     narrow: VisionLanguageModel
     teacher: VisionLanguageModel
     compiled: dict[str, dict[nn.Module, Any]]
+    compile: Callable[[VisionLanguageModel], dict[nn.Module, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +164,9 @@ def make_models(recipe: Recipe, size: Size, device: str, compile_whole: bool) ->
     cast(student, torch.bfloat16)
     narrow = copy.deepcopy(student)
     cast(student, torch.float32)
-    compiled = {name: compile_modules(model, size.backend, compile_whole) for name, model in made.items()}
-    return Models(student=student, narrow=narrow, teacher=teacher, compiled=compiled)
+    compiler = partial(compile_modules, backend=size.backend, compile_whole=compile_whole)
+    compiled = {name: compiler(model) for name, model in made.items()}
+    return Models(student=student, narrow=narrow, teacher=teacher, compiled=compiled, compile=compiler)
 
 
 def shrink(config: Any, size: Size, width: int) -> None:
@@ -170,10 +186,12 @@ def cast(model: VisionLanguageModel, dtype: torch.dtype) -> None:
 
 
 def compile_modules(model: VisionLanguageModel, backend: str, compile_whole: bool) -> dict[nn.Module, Any]:
-    """Compiled calls of the decoder, or of each of its layers, which share one graph; nothing is switched on yet."""
-    decoder: Any = model.parts()["language_model"]
+    """Compiled calls of the decoder, or of each of its and the tower's layers; nothing is switched on yet."""
+    stacks = [module for module in model.model.modules() if isinstance(module, nn.ModuleList)]
     found = {}
-    for module in [decoder] if compile_whole else decoder.layers:
+    for module in (
+        [model.parts()["language_model"]] if compile_whole else [layer for stack in stacks for layer in stack]
+    ):
         module.compile(backend=backend, dynamic=False)
         found[module], module._compiled_call_impl = module._compiled_call_impl, None
     return found
@@ -183,6 +201,13 @@ def compile_modules(model: VisionLanguageModel, backend: str, compile_whole: boo
 def switched(models: Models, contender: Contender) -> Iterator[None]:
     """The models as this contender wants them, and back."""
     student = models.student.model
+    for model in (models.student.model, models.teacher.model):
+        model.model.language_model.set_attn_implementation("sdpa")
+        if student.device.type == "cuda" and not contender.released:
+            attend_by_rows(model)
+    if contender.budget != torch._functorch.config.activation_memory_budget:
+        torch._functorch.config.activation_memory_budget = contender.budget
+        torch.compiler.reset()
     if contender.checkpointing:
         student.gradient_checkpointing_enable()
     for name in contender.compiled:
@@ -207,8 +232,27 @@ def make_case(recipe: Recipe, stage: str, models: Models, size: Size, rows: int,
     visual = host.segments == Segment.VISUAL
     host = dataclasses.replace(host, input_ids=host.input_ids.masked_fill(visual, size.vocabulary - 1))
     counts = count(host.labels, visual, host.image_rows)
-    batch = host.to(torch.device(device))
+    host = host.pin_memory() if device == "cuda" else host  # as the loader hands it out
+    on_device = {name: value.to(device) for name, value in vars(host).items() if isinstance(value, Tensor)}
+    batch = dataclasses.replace(host, **on_device)
     return Case(stage=stage_of(recipe, stage), models=models, host=host, batch=batch, counts=counts)
+
+
+@torch.no_grad()
+def quantized(case: Case, kind: str) -> tuple[Case, dict[str, float]]:
+    """The case with a quantised copy of its teacher, and how far that is from it on the batch: mean KL, nats a token."""
+    exact, teacher, batch = case.models.teacher, copy.deepcopy(case.models.teacher), case.batch
+    quantize(teacher, kind)
+    assert batch.pixel_values is not None, "a case has pictures"
+    visual, features = batch.segments == Segment.VISUAL, vision_features(exact.model, batch.pixel_values.bfloat16())
+    given = batch.input_ids, batch.attention_mask, visual, features
+    sides = [side for one in (teacher, exact) for side in (final_hidden(one.model, *given), one.head)]
+    where = {"labels": batch.labels, "visual": visual, "image_rows": batch.image_rows, "counts": case.counts}
+    found = objective(*sides, **where, losses=LossConfig(response_kl=1.0, visual_kl=1.0), reduction="token")
+    compiled = case.models.compiled | {"teacher": case.models.compile(teacher)}
+    models = dataclasses.replace(case.models, teacher=teacher, compiled=compiled)
+    drift = {name: float(value) for name, value in found.parts.items()}
+    return dataclasses.replace(case, models=models), drift
 
 
 def untimed(name: str) -> AbstractContextManager[None]:
@@ -281,18 +325,17 @@ def our_step(case: Case, contender: Contender) -> tuple[Step, Callable[[], int]]
             trainer.train_step(state, [case.host], step=0)
             return
         with timed_calls(clock):
-            total = trainer._forward(state, case.batch, case.counts).total
+            total = trainer._forward(state, case.host, case.counts).total
         with clock("backward"):
             state.accelerator.backward(total)
         student.model.zero_grad()
 
-    moments = state.optimizer.state
-    return (
-        step,
-        lambda: (
-            standing(student, teacher) + sum(tensor.nbytes for held in moments.values() for tensor in held.values())
-        ),
-    )
+    def stands() -> int:
+        moments = sum(tensor.nbytes for held in state.optimizer.state.values() for tensor in held.values())
+        unneeded = sum(p.nbytes for p in teacher.parts()["vision_tower"].parameters()) if teacher else 0
+        return standing(student, teacher) - unneeded + moments  # the pipeline frees the teacher's tower
+
+    return step, stands
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 
 from llavakd import config
 from llavakd.data.chat import TEMPLATES, Template
-from llavakd.evaluate.scoring import METRICS, is_correct
+from llavakd.evaluate.scoring import METRICS
 from llavakd.losses.divergence import DIVERGENCES
 from llavakd.models.parts import FAMILIES, IMAGE_PROCESSORS, PROJECTORS, TOWERS
 from llavakd.plan import GPUS
@@ -168,7 +168,7 @@ def enumerations() -> Iterator[str]:
         yield f"- `{name}`: {inspect.getdoc(kind.terms)}\n"
     yield "\n## Metrics\n\n"
     for name, metric in METRICS.items():
-        yield f"- `{name}`: {inspect.getdoc(metric) or inspect.getdoc(is_correct)}\n"
+        yield f"- `{name}`: {inspect.getdoc(metric)}\n"
     yield "\n## GPUs that `plan` knows\n\n| `--gpu` | bf16 TFLOP/s | GiB |\n|---|--:|--:|\n"
     for name, (rate, gib) in GPUS.items():
         yield f"| `{name}` | {rate:,} | {gib} |\n"

@@ -85,6 +85,93 @@ def errors() -> str:
     return table(["pair", "", "KL", "to hidden states", "to the head"], rows, text_columns=2)
 
 
+def step() -> str:
+    """A whole step of each stage at most rows, beside the released one."""
+    told = read("step")
+    most = max(told["size"]["rows"])
+    rows: list[tuple[str, ...]] = []
+    for stage in ("dft", "dpt", "sft"):
+        floor = next(line for line in told["floor"] if (line["stage"], line["rows"]) == (stage, most))
+        rows.append((stage, "floor: its products at the rate measured", f"{floor['ms']:.0f}", "", "", ""))
+        lines = [line for line in told["steps"] if (line["stage"], line["rows"]) == (stage, most)]
+        rows += [(stage, line["name"], *_step_cost(line)) for line in lines]
+    header = ["stage", f"{most} rows", "ms", "x reference", "GiB", "x reference"]
+    return measured(told["environment"]) + table(header, rows, text_columns=2)
+
+
+def _step_cost(line: dict[str, Any]) -> tuple[str, ...]:
+    if "ms" not in line:
+        return line.get("failed", line.get("skipped", "")), "", "", ""
+    share = line["ms_to_reference"], line["gib_to_reference"]
+    return f"{line['ms']:.0f}", f"{share[0]:.2f}", f"{line['gib']:.1f}", f"{share[1]:.2f}"
+
+
+def step_parts() -> str:
+    """Milliseconds by part of the distilling stages."""
+    told = read("step")
+    most, names = max(told["size"]["rows"]), ("reference", "ours, both compiled", "ours, both compiled, fp8 teacher")
+    rows = [
+        (line["stage"], line["name"], ", ".join(f"{part} {ms:.0f}" for part, ms in line["parts_ms"].items()))
+        for line in told["steps"]
+        if line["name"] in names and line["rows"] == most and line["stage"] != "sft" and "ms" in line
+    ]
+    return table(["stage", "", "ms by part, waiting for the device after each"], rows, text_columns=3)
+
+
+def step_exactness() -> str:
+    """Losses and gradients of one step."""
+    lines = [line for line in read("step")["agreement"] if line["stage"] == "dft" and "losses" in line]
+    rows = [
+        (
+            f"{line['name']} beside {line['beside']}",
+            *(
+                f"{pair[line['name']]:.4f}, {pair[line['beside']]:.4f}"
+                for pair in (line["losses"][part] for part in ("ce", "response_kl", "visual_kl", "relation"))
+            ),
+            f"{line['gradient_error']['all']:.1%}",
+        )
+        for line in lines
+    ]
+    return table(["", "ce", "response KL", "visual KL", "relation", "gradient off by"], rows)
+
+
+def packing() -> str:
+    """Tokens a second on uneven rows."""
+    told = read("step_packing")
+    rows = [
+        (
+            line["kind"],
+            f"{line['padding']:.0%}",
+            f"{line['live_tokens_per_s']:,.0f}",
+            f"{line['to_padded']:.2f}",
+            f"{line['peak_gib']:.1f}",
+            f"{line['loss']:.4f}",
+        )
+        for line in told["kinds"]
+    ]
+    header = [f"{told['rows']} rows", "padding", "tokens/s", "x padded", "peak GiB", "mean loss"]
+    return measured(told["environment"]) + table(header, rows)
+
+
+def plan_measured() -> str:
+    """Planned and measured bytes and FLOPs."""
+    told = read("plan_measured")
+    rows = [
+        (
+            f"`{case['recipe']}`, {case['stage']}, {case['rows']} rows"
+            + (", checkpointing" if case["gradient_checkpointing"] else ""),
+            *(
+                f"{case[key]['planned']:.1f}, {case[key]['measured']:.1f} ({case[key]['planned / measured'] - 1:+.0%})"
+                for key in ("peak_gib", "tflop")
+            ),
+        )
+        for case in told["cases"]
+    ]
+    return measured(told["environment"]) + table(
+        ["", "peak GiB: planned, measured", "TFLOP of a step: planned, measured"], rows
+    )
+
+
 def gpu_tests() -> str:
     """Outcomes by file."""
     told = read("gpu_tests")
@@ -168,6 +255,11 @@ TABLES = {
     "quickstart cost": quickstart_cost,
     "losses": losses,
     "errors": errors,
+    "step": step,
+    "step parts": step_parts,
+    "step exactness": step_exactness,
+    "packing": packing,
+    "plan measured": plan_measured,
     "gpu tests": gpu_tests,
     "plan": plan,
     "sweep": sweep,

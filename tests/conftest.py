@@ -114,12 +114,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """The tiny world and its parts; nobody may change them."""
     from make_parts import write_parts
 
-    from llavakd.config import StudentConfig
+    from llavakd.config import StudentConfig, WorldConfig
     from llavakd.models.student import build_student, save_model
     from llavakd.shapes import write_world
 
     root = tmp_path_factory.mktemp("tiny")
-    write_world(root / "world", scenes=48, seed=3, test_questions=12)
+    write_world(root / "world", WorldConfig(scenes=48, seed=3, test_questions=12))
     parts = root / "parts"
     write_parts(parts)
     small = {"num_hidden_layers": 2, "num_attention_heads": 2}

@@ -1,5 +1,6 @@
 """The scripts that need a GPU or free cores for their figures run through on models and data of a toy's size."""
 
+import dataclasses
 import gc
 import json
 import math
@@ -9,7 +10,11 @@ import pytest
 import scaling
 import step
 import step_contenders
+import torch
 from accelerate.state import AcceleratorState
+
+from llavakd.data.chat import Segment
+from llavakd.models.quantized import QuantizedLinear
 
 PARTS = ("ce", "response_kl", "visual_kl", "relation")
 
@@ -26,15 +31,47 @@ def steps(tmp_path_factory):
 
 def test_every_contender_is_measured_beside_the_reference(steps):
     lines = steps[0]["steps"]
-    assert [line for line in lines if "failed" in line or "skipped" in line] == []
+    fp8 = [] if torch.cuda.is_available() else ["dft", "dpt"]
+    left_out = [line for line in lines if "failed" in line or "skipped" in line]
+    assert [(line["stage"], line["name"]) for line in left_out] == [
+        (stage, "ours, both compiled, fp8 teacher") for stage in fp8
+    ]
+    assert all("fp8 needs a Hopper GPU" in line["skipped"] for line in left_out)
     names = [line["name"] for line in lines if line["stage"] == "dft"]
     assert names == [contender.name for contender in step_contenders.CONTENDERS]
-    for line in lines:
+    for line in (line for line in lines if line not in left_out):
         base = next(one for one in lines if one["stage"] == line["stage"])
         assert base["name"] == "reference"
         assert line["ms"] > 0
         assert line["gib"] > 0
         assert line["ms_to_reference"] == pytest.approx(line["ms"] / base["ms"])
+
+
+def test_a_quantised_teacher_is_measured_with_its_drift_and_the_next_contender_gets_the_exact_one(tmp_path):
+    size = dataclasses.replace(step_contenders.TINY, backend="eager")
+    models = step_contenders.make_models(recipe := step_contenders.read_recipe(tmp_path), size, "cpu", False)
+    case = step_contenders.make_case(recipe, "dft", models, size, 2, "cpu")
+    contender = dataclasses.replace(step_contenders.QUANTIZED, quantize="int8")
+    line = step.measure_contender(case, contender, size, "cpu")
+    assert set(line["parts_ms"]) == {"tower", "teacher forward", "student forward", "loss", "backward"}
+    assert line["teacher_drift"].keys() == {"response_kl", "visual_kl"}
+    assert 0 < max(line["teacher_drift"].values()) < 0.1
+    exact = step.measure_contender(case, step_contenders.FAST, size, "cpu")
+    assert "teacher_drift" not in exact
+    assert line["gib"] > 0
+    kinds = {type(module) for module in models.teacher.parts()["language_model"].modules()}
+    assert torch.nn.Linear in kinds
+    assert QuantizedLinear not in kinds
+    changed, drift = step_contenders.quantized(case, "int8")
+    given = {name: getattr(case.batch, name) for name in ("input_ids", "attention_mask")}
+    given["pixel_values"] = case.batch.pixel_values.bfloat16()
+    with torch.no_grad():
+        hidden = [one.models.teacher.model.model(**given).last_hidden_state.double() for one in (case, changed)]
+    p, q = ((one @ models.teacher.head.double().T).softmax(-1) for one in hidden)
+    kl = (p * (p / q).log()).sum(-1)
+    assert drift["response_kl"] == pytest.approx(float(kl[:, :-1][case.batch.labels[:, 1:] != -100].mean()), rel=0.1)
+    assert drift["visual_kl"] == pytest.approx(float(kl[case.batch.segments == Segment.VISUAL].mean()), rel=0.1)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_the_parts_of_a_step_are_those_of_its_path(steps):

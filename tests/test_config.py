@@ -188,6 +188,14 @@ def test_a_run_that_makes_no_sense_is_refused(dotted, value, message):
         parse_recipe(changed(dotted, value))
 
 
+def test_a_teacher_in_8_bits_is_not_sharded():
+    tree = changed("sharding", "both")
+    assert parse_recipe(tree).sharding == "both"
+    tree["teacher"]["quantize"] = "int8"
+    with pytest.raises(RecipeError, match=r"sharding: `both` shards no teacher in 8 bits; set sharding: student"):
+        parse_recipe(tree)
+
+
 def test_packs_take_the_place_of_micro_batches_of_rows():
     tree = changed("stages.0.max_tokens_per_batch", 2048)
     assert parse_recipe(tree).stages[0].max_tokens_per_batch == 2048
@@ -252,7 +260,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(RecipeError, match=r"cannot read the recipe .*none\.yaml: No such file"):
         load_recipe(tmp_path / "none.yaml")
     (tmp_path / "latin.yaml").write_bytes("name: é".encode("latin-1"))
-    with pytest.raises(RecipeError, match=r"latin\.yaml is not UTF-8"):
+    with pytest.raises(RecipeError, match=r"cannot read the recipe .*latin\.yaml: 'utf-8' codec can't decode"):
         load_recipe(tmp_path / "latin.yaml")
 
 

@@ -1,7 +1,5 @@
 """What `plan` says, against real steps of real models on the CPU: FLOPs, memory, tokens, and advice that helps."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re
@@ -26,6 +24,7 @@ from llavakd.data.collate import Batch, RowDataset, Source
 from llavakd.data.samples import load_samples
 from llavakd.losses import rows as rows_module
 from llavakd.models.alignment import Pair
+from llavakd.models.quantized import quantize
 from llavakd.models.student import VisionLanguageModel, build_student, final_hidden, student_config, vision_features
 from llavakd.plan import plan_run
 from llavakd.train.step import StudentModule, TrainState, build_optimizer, train_step
@@ -244,6 +243,35 @@ def test_memory_is_that_of_a_real_step(parts, kind):
     assert memory["peak"] - standing == pytest.approx(mode.peak, rel=0.15)
 
 
+@pytest.mark.parametrize("quantization", ["fp8", "int8"])
+def test_a_quantised_teacher_takes_fewer_bytes_and_as_many_products(parts, quantization):
+    recipe = recipe_of(parts, "dft")
+    changed = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, quantize=quantization))
+    teacher = real_state(recipe, "sdpa").teacher
+    quantize(teacher, "int8")
+    exact, stage = planned_stage(recipe), planned_stage(changed)
+    assert stage["memory"]["teacher"] == bytes_of(teacher.model.parameters())
+    assert stage["memory"]["teacher"] < 0.75 * exact["memory"]["teacher"]
+    saved = exact["memory"]["teacher"] - stage["memory"]["teacher"]
+    assert exact["memory"]["peak"] - stage["memory"]["peak"] == saved
+    assert stage["flops"] == exact["flops"]
+    assert (
+        plan_run(changed, rows=ROWS, text_tokens=TEXT)["parameters"]
+        == plan_run(recipe, rows=ROWS, text_tokens=TEXT)["parameters"]
+    )
+
+
+def test_the_plan_says_when_a_drift_is_measured(tiny, command, tmp_path):
+    recipe = tiny.recipe(tmp_path / "r.yaml")
+    said = (
+        "its fp8 products are counted at the bf16 rate; how far it drifts is measured when a stage that distils begins"
+    )
+    for kind in ("fp8", "none"):
+        done = command("plan", recipe, f"teacher.quantize={kind}")
+        assert done.code == 0, done.err
+        assert (said in done.err) == (kind == "fp8")
+
+
 def real_pack() -> Batch:
     """Half of the rows one behind the other."""
     rows, half = real_batch(), ROWS // 2
@@ -353,7 +381,7 @@ def test_tokens_are_those_of_the_rendered_rows(tiny, command, tmp_path):
         assert tokens["rows"] == len(texts)
         assert tokens["longest"] == max(len(text.ids) for text in texts)
         assert tokens["visual"] + tokens["text"] == pytest.approx(sum(len(text.ids) for text in texts) / len(texts))
-        answered = sum(label != -100 for text in texts for label in text.labels) / len(texts)
+        answered = sum(text.segments.count(Segment.RESPONSE) for text in texts) / len(texts)
         assert tokens["response"] == pytest.approx(answered)
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in student.parts().items()}
     assert plan["parameters"]["student"] == sizes

@@ -12,9 +12,10 @@ import yaml
 from rich.console import Console
 from rich.markdown import Markdown
 
-from llavakd.config import DataConfig, EvaluationConfig, MetricName, TeacherConfig, TemplateName, load_recipe
+import llavakd
+from llavakd import config
 from llavakd.errors import UserError
-from llavakd.progress import Interrupted, bar, say
+from llavakd.progress import Interrupted, say
 from llavakd.templates import render
 
 app = typer.Typer(help=__doc__, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -25,19 +26,15 @@ ARGUMENTS = ("recipe", "overrides", "question")  # though they have defaults
 
 def quickstart(out: Path = Path("quickstart")) -> None:
     """Run the three stages and their equal-step control on the built-in miniature world, on the CPU, and report."""
-    from llavakd.quickstart import run_quickstart
-
-    _show("results.md.jinja", run_quickstart(out))
+    _show("results.md.jinja", llavakd.run_quickstart(out))
     typer.echo(render("quickstart.jinja", out=out))
 
 
 def train(recipe: Path, overrides: list[str] | None = None, out: Path | None = None) -> None:
     """Run or go on with the stages of RECIPE."""
-    from llavakd.pipeline import run_pipeline
-
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = config.load_recipe(recipe, overrides or [])
     folder = out or Path("runs") / loaded.name
-    results = run_pipeline(loaded, folder)
+    results = llavakd.run_pipeline(loaded, folder)
     if results["rows"]:  # without `evaluation`, and on all processes but the first, there is nothing to show
         _show("results.md.jinja", results)
     typer.echo(f"Done: {folder}" + (f", report in {folder / 'report.html'}" if results["rows"] else ""))
@@ -56,7 +53,7 @@ def plan(
     """Say what RECIPE would cost, without weights: parameters, tokens, FLOPs, memory and hours of every stage."""
     from llavakd.plan import plan_run
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = config.load_recipe(recipe, overrides or [])
     plan = plan_run(loaded, gpu=gpu, gpus=gpus, efficiency=efficiency, rows=rows, text_tokens=text_tokens)
     _show("plan.md.jinja", plan, as_json)
     for note in [] if as_json else render("plan_notes.jinja", answer=plan).splitlines():
@@ -79,10 +76,10 @@ def check(
     from llavakd.preflight import check_data, check_recipe
 
     if recipe and not (data or write_clean):
-        loaded = load_recipe(recipe, overrides or [])
+        loaded = config.load_recipe(recipe, overrides or [])
         found = check_recipe(loaded, out or Path("runs") / loaded.name, fast=fast, workers=workers)
     elif data and not recipe:
-        source = DataConfig(path=str(data), images=str(images) if images else None)
+        source = config.DataConfig(path=str(data), images=str(images) if images else None)
         found = {data.name: check_data(data.name, source, [], fast=fast, workers=workers, clean=write_clean)}
     else:
         raise UserError("give either a recipe or --data FILE; --write-clean goes with --data")
@@ -97,20 +94,17 @@ def shapes(
     directory: Path, scenes: int = 2000, seed: int = 0, test_questions: int = 1000, noise: float = 0.0, workers: int = 1
 ) -> None:
     """Write the built-in miniature world as a LLaVA-format folder."""
-    from llavakd.shapes import write_world
-
-    numbers: Any = dict(scenes=scenes, seed=seed, test_questions=test_questions, noise=noise, workers=workers)
-    with bar("draw", scenes) as advance:
-        summary = write_world(directory, **numbers, progress=lambda done, total: advance(done * scenes // total))
-    typer.echo(f"{directory}: {summary.pictures} pictures, rows {summary.rows}")
+    world = config.WorldConfig(scenes=scenes, seed=seed, test_questions=test_questions, noise=noise)
+    pictures, rows = llavakd.write_world(directory, world, workers=workers)
+    typer.echo(f"{directory}: {pictures} pictures, rows {rows}")
 
 
 def evaluate(
     model: str,
     data: Path | None = None,
     images: Path | None = None,
-    template: TemplateName | None = None,
-    metric: MetricName = "exact_match",
+    template: config.TemplateName | None = None,
+    metric: config.MetricName = "exact_match",
     tasks: str | None = None,
     include: Path | None = None,
     limit: int | None = None,
@@ -131,24 +125,21 @@ def evaluate(
     from llavakd.models.student import template_of
     from llavakd.pipeline import evaluate_folder
 
-    source, form = TeacherConfig(path=model, dtype="float32"), template or template_of(model)
-    questions = DataConfig(path=str(data or ""), images=str(images) if images else None, template=form)
-    evaluation = EvaluationConfig(data="data", metric=metric, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    source, form = config.TeacherConfig(path=model, dtype="float32"), template or template_of(model)
+    questions = config.DataConfig(path=str(data or ""), images=str(images) if images else None, template=form)
+    asked = config.EvaluationConfig(data="data", metric=metric, batch_size=batch_size, max_new_tokens=max_new_tokens)
     if tasks:
         names = tasks.replace(" ", "").split(",")
-        row = evaluate_tasks(source, names, questions, evaluation, out, include=include, limit=limit)
+        row = evaluate_tasks(source, names, questions, asked, out, include=include, limit=limit)
         _show("benchmarks.md.jinja", row, as_json)
     else:
-        _show("results.md.jinja", evaluate_folder(source, questions, evaluation, out, limit=limit), as_json)
+        _show("results.md.jinja", evaluate_folder(source, questions, asked, out, limit=limit), as_json)
 
 
 def report(runs: list[Path], out: Path | None = None) -> None:
     """Write results.json, report.md and report.html from one or more runs."""
-    from llavakd.report import write_report
-
     folder = out or runs[0]
-    write_report(runs, folder)
-    _show("results.md.jinja", json.loads((folder / "results.json").read_text(encoding="utf-8")))
+    _show("results.md.jinja", llavakd.write_report(runs, folder))
     typer.echo(f"Report: {folder / 'report.html'}")
 
 

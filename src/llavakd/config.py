@@ -1,4 +1,4 @@
-"""The recipe: one YAML file that describes a whole run, read strictly.
+"""The recipe: one YAML file that describes a whole run, read strictly; docs/config_notes.yaml says what each key means.
 
 Run lines: `load_recipe(Path("recipes/shapes/smoke.yaml"), ["stages.dpt.learning_rate=1e-3"])`.
 """
@@ -33,13 +33,10 @@ class StudentConfig:
     vision_tower: str
     language_model: str
     projector: Literal["mlp2x_gelu", "linear", "pixel_shuffle"] = "mlp2x_gelu"
-    """`pixel_shuffle` makes one visual token of 2 x 2 patches (stock Aya Vision instead of stock Llava)."""
     vision_feature_layer: int = -2
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     image_mode: Literal["square", "pad"] = "square"
-    """`square` squeezes a picture to the tower's size (LLaVA-KD), `pad` centres it on a square first (LLaVA-1.5)."""
     from_scratch: tuple[Literal["vision_tower", "language_model"], ...] = ()
-    """Parts drawn at random from their folder's config.json instead of loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +45,8 @@ class TeacherConfig:
 
     path: str
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    quantization: Literal["none"] = "none"
+    quantize: Literal["none", "fp8", "int8"] = "none"
+    max_drift: Weight = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +54,6 @@ class SubsetConfig:
     """Keep the rows whose group hashes into [start, stop) of [0, 1): near-copies of one row never fall on two sides."""
 
     group: str
-    """Regular expression; the text that it matches in a row's id names the row's group."""
     start: Share = 0.0
     stop: Share = 1.0
 
@@ -70,11 +67,9 @@ class DataConfig:
 
     path: str
     images: str | None = None
-    """Folder, zip or tar archive that the rows' picture names are relative to."""
     subset: SubsetConfig | None = None
     template: TemplateName = "vicuna_v1"
     max_length: Count = 2048
-    """Longest row in tokens, picture tokens included; a longer one is cut on the right and counted as `truncated`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +82,9 @@ class LossConfig:
     relation: Weight = 0.0
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "total_variation"] = "forward_kl"
     beta: Share = 0.5
-    """Mixture of `jsd` (0 is forward KL, 1 reverse KL), or skew of `skewed_kl`."""
     temperature: Positive = 1.0
     relation_center: bool = False
-    """Subtract the mean visual token before the Gram matrix."""
     relation_row_normalize: bool = False
-    """Scale every visual token to length one before the Gram matrix."""
 
     @property
     def weights(self) -> dict[str, float]:
@@ -111,20 +103,15 @@ class StageConfig:
 
     name: str
     data: str | Annotated[dict[str, Positive], Field(min_length=1)]
-    """A source, or several with weights: 2.5 gives all of its rows twice and half of them once more in each epoch."""
     train: tuple[Part, ...]
     losses: LossConfig
     learning_rate: Positive
     global_batch_size: Count
     micro_batch_size: Count | None = None
-    """Rows a device holds at once; absent: global_batch_size / number of processes. Accumulation is derived."""
     max_tokens_per_batch: Count | None = None
-    """Instead of padding, rows follow one another, up to so many tokens at once; none sees another, the result is the same."""
     epochs: Positive = 1.0
     lora_rank: Count | None = None
-    """Low-rank updates, alpha twice the rank, learn instead of the language model's own matrices; merged at the end."""
     reduction: Literal["sample", "token"] = "sample"
-    """sample: mean over rows of each row's mean; token: mean over the global batch's tokens (or pictures)."""
     grouping: Literal["none", "length", "modality_length"] = "modality_length"
     warmup_ratio: Share = 0.03
     weight_decay: float = 0.0
@@ -148,11 +135,9 @@ class EvaluationConfig:
 
     data: str
     metric: MetricName = "exact_match"
-    """Rule by which answers are scored: METRICS in evaluate/scoring.py."""
     batch_size: Count = 64
     max_new_tokens: Count = 32
     teacher: bool = True
-    """Score the teacher too (once; its row is named `teacher`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +148,6 @@ class WorldConfig:
     seed: int = 0
     test_questions: int = 1000
     noise: float = 0.0
-    """Share of the training questions that are answered wrongly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,18 +165,14 @@ class Recipe:
     world: WorldConfig | None = None
     precision: Literal["fp32", "bf16"] = "bf16"
     sharding: Literal["none", "student", "both"] = "none"
+    compile: bool = False
     gradient_checkpointing: bool = False
     cache_features: bool = False
-    """Run the frozen vision tower once per picture and keep its features under RUN/features."""
     max_bad_rows: Share = 0.001
-    """Share of rows that may be left out because they cannot be used; more of them stop the run."""
     save_every: Count = 500
-    """Optimiser steps between checkpoints."""
     log_every: Count = 10
     workers: Annotated[int, Field(ge=0)] = 2
-    """Processes that read pictures ahead; 0 reads in the main process."""
     trackers: tuple[str, ...] = ("tensorboard",)
-    """Names of experiment trackers known to accelerate."""
 
 
 class _RecipeLoader(yaml.SafeLoader):
@@ -214,10 +194,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override (`a.b=c`; a stage by name or number) and check a recipe file; RecipeError where any of it fails."""
     try:
         tree = _read_yaml(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not UTF-8 text: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {getattr(error, 'strerror', error)}") from error
     if not isinstance(tree, dict):
         kind = type(tree).__name__
         raise RecipeError(f"{path} holds a {kind}, expected a mapping with keys name, student, data, ...")
@@ -356,6 +334,8 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     for place, name in read:
         if name not in recipe.data:
             yield f"{place}.data: no source {name!r} under data{nearest(name, recipe.data)}"
+    if recipe.sharding == "both" and recipe.teacher and recipe.teacher.quantize != "none":
+        yield "sharding: `both` shards no teacher in 8 bits; set sharding: student or teacher.quantize: none"
     for name, source in recipe.data.items():
         group = source.subset.group if source.subset else ""
         try:

@@ -13,14 +13,17 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from llavakd.config import DataConfig, EvaluationConfig, Recipe, StageConfig, TeacherConfig, resolve_paths
 from llavakd.data.collate import RowDataset, Source
 from llavakd.data.pictures import FeatureStore, load_pixels, save_features
 from llavakd.data.samples import Samples, load_samples
 from llavakd.errors import UserError
-from llavakd.evaluate import evaluate_model
+from llavakd.evaluate import compare_segments, evaluate_model
 from llavakd.models.alignment import align
+from llavakd.models.fast import attend_by_rows, compile_layers
+from llavakd.models.quantized import quantize
 from llavakd.models.student import add_updates, build_student, load_student, load_teacher, save_model, vision_features
 from llavakd.preflight import check_before_training, claim_folder, used_sources
 from llavakd.progress import bar, say
@@ -89,20 +92,20 @@ def evaluate_folder(
 
 def draw_world(recipe: Recipe, out: Path) -> None:
     """Draw the recipe's world, if it has one, into OUT/world, unless it is there."""
-    if recipe.world and not (out / "world").is_dir():
-        settings, scenes = asdict(recipe.world), recipe.world.scenes
-        with bar("draw the world", scenes) as advance:
-            settings["progress"] = lambda done, total: advance(done * scenes // total)
-            write_folder(out / "world", lambda partial: write_world(partial, **settings), flush=False)
+    if (world := recipe.world) and not (out / "world").is_dir():
+        write_folder(out / "world", lambda partial: write_world(partial, world), flush=False)
 
 
 def _make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
     if other := [name for name in ("DEEPSPEED", "FSDP") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]:
         raise UserError(f"accelerate is set up for {other[0]}; start with torchrun instead and set sharding: student")
+    several = torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1
     accelerator = Accelerator(
         mixed_precision="bf16" if recipe.precision == "bf16" else "no",
         log_with=list(recipe.trackers) or None,
         project_dir=str(out / "trackers"),
+        # Counts are summed on the CPU, so that no step waits for its device.
+        kwargs_handlers=[InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl")] * several,
     )
     accelerator.init_trackers(recipe.name)
     return accelerator
@@ -166,9 +169,9 @@ def _train(run: Run, stage: StageConfig, before: StageConfig | None) -> dict[str
     optimizer = accelerator.prepare(build_optimizer(module, stage))
     learning: dict[str, Any] = {"module": module, "optimizer": optimizer}
     state = TrainState(accelerator=accelerator, **learning, student=student, teacher=teacher, pair=pair, stage=stage)
+    drift = _quantize(run, state)
     dataset = _dataset(run, state)
-    if recipe.gradient_checkpointing:
-        student.model.gradient_checkpointing_enable()
+    _make_fast(recipe, state)
     student.model.train()
     folder.mkdir(exist_ok=True)
     progress = run_stage(state, dataset, recipe, folder)
@@ -179,7 +182,46 @@ def _train(run: Run, stage: StageConfig, before: StageConfig | None) -> dict[str
             updates.merge_and_unload()
         template = recipe.data[next(iter(stage.sources))].template
         write_folder(folder / "model", lambda partial: save_model(student, partial, template=template))
-    return {"steps": progress.step, "train_seconds": progress.seconds, **progress.counted}
+    return {"steps": progress.step, "train_seconds": progress.seconds, **progress.counted, **drift}
+
+
+def _make_fast(recipe: Recipe, state: TrainState) -> None:
+    """Free the tower that the student's stands for, and set attention, compilation and checkpointing as they are to be."""
+    student, teacher, pair = state.student.model, state.teacher, state.pair
+    if teacher and pair and pair.shared_tower and "vision_tower" not in state.stage.train:
+        del teacher.model.model.vision_tower
+    for model in [student, *([teacher.model] if teacher else [])]:
+        if state.accelerator.device.type == "cuda" and recipe.precision == "bf16":
+            attend_by_rows(model)
+        if recipe.compile:
+            compile_layers(model)
+    if recipe.gradient_checkpointing:
+        student.gradient_checkpointing_enable()
+
+
+def _quantize(run: Run, state: TrainState) -> dict[str, Any]:
+    """Quantise the teacher, if it is to be; what pipeline.json says of its drift on 32 rows, UserError where it is far."""
+    config, teacher, stage, drift = run.recipe.teacher, state.teacher, state.stage, dict[str, float]()
+    if not config or not teacher or config.quantize == "none":
+        return {}
+    quantize(teacher, config.quantize)
+    (exact := load_teacher(config)).model.to(state.accelerator.device)
+    distilled = ("response", "visual") if stage.losses.visual_kl or stage.losses.relation else ("response",)
+    for name in stage.sources:
+        data, samples = run.recipe.data[name], run.samples[name]
+        source = Source(samples=samples[:: len(samples) // 32 + 1], renderer=exact.renderer(data), data=data)
+        rows = RowDataset([source], image_processor=exact.image_processor)
+        usable = [sample for index, sample in enumerate(source.samples) if not rows[index].mistake]
+        found = compare_segments(teacher, exact, usable, data)
+        drift |= {f"{name}.{segment}": found[segment]["kl"] for segment in distilled if segment in found}
+    nats = ", ".join(f"{key} {value:.2g}" for key, value in drift.items())
+    told = f"stage {stage.name}: KL of the {config.quantize} teacher to the unquantised one, nats a token: {nats}"
+    far = not all(value <= config.max_drift for value in drift.values())
+    if state.accelerator.reduce(torch.tensor(float(far), device=state.accelerator.device)):  # all processes, or none
+        raise UserError(f"{told}; max_drift is {config.max_drift}: raise it, or set teacher.quantize to int8 or none")
+    if state.accelerator.is_main_process:
+        say(told)
+    return {"teacher_drift": drift}
 
 
 def _dataset(run: Run, state: TrainState) -> RowDataset:
@@ -226,11 +268,13 @@ def _rows(run: Run, evaluation: EvaluationConfig) -> list[dict[str, Any]]:
     """The rows of results.json: the teacher's, where there is one, and the student's."""
     recipe, rows = run.recipe, []
     done = [run.ledger[stage.name] for stage in recipe.stages]
-    cost = {key: sum(entry[key] for entry in done) for key in ("steps", "train_seconds", "tokens")}
+    cost: dict[str, Any] = {key: sum(entry[key] for entry in done) for key in ("steps", "train_seconds", "tokens")}
     if recipe.teacher and evaluation.teacher:
         rows.append(_evaluate(run, evaluation, "teacher", recipe.teacher) | dict.fromkeys(cost))
     student = TeacherConfig(path=str(run.out / recipe.stages[-1].name / "model"), dtype="float32")
     compared = [recipe.teacher] if recipe.teacher and any(stage.losses.distils for stage in recipe.stages) else []
+    if drift := {entry["name"]: entry["teacher_drift"] for entry in done if "teacher_drift" in entry}:
+        cost["teacher_drift"] = drift
     return [*rows, _evaluate(run, evaluation, recipe.name, student, *compared) | cost]
 
 

@@ -27,6 +27,7 @@ from llavakd.data.samples import IMAGE_TAG, load_samples
 from llavakd.errors import UserError, nearest
 from llavakd.losses.rows import GRADIENT_CHUNKS, rows_at_once
 from llavakd.models.parts import FAMILIES, load
+from llavakd.models.quantized import QuantizedLinear, quantize
 from llavakd.models.student import DTYPES, VisionLanguageModel, final_hidden, outline, student_config, vision_features
 from llavakd.templates import render
 from llavakd.train.loop import micro_batch_size, total_steps
@@ -73,6 +74,8 @@ def plan_run(
         if (kind := config.model_type) not in FAMILIES:
             raise UserError(f"teacher.path: {recipe.teacher.path} is a {kind!r}, expected {' or '.join(FAMILIES)}")
         models["teacher"] = outline(config)
+        if recipe.teacher.quantize != "none":
+            quantize(models["teacher"], recipe.teacher.quantize)
     towers = [_forward_flops(model, model.tokens_per_image, 0, 0)[0] for model in models.values()]
     names = dict.fromkeys(name for stage in recipe.stages for name in stage.sources)
     sources = {name: _tokens(recipe, name, models["student"].tokens_per_image, rows, text_tokens) for name in names}
@@ -192,9 +195,10 @@ class StageCost:
         tower = range(model.config.vision_config.num_hidden_layers + 1)[seen]  # later layers keep nothing
         activations = kept(1, 1) + (decoder - 1) * (kept(2, 1) - kept(1, 1)) + (tower - 1) * (kept(1, 2) - kept(1, 1))
         layer = self._kept(size, False, 2, 1) - self._kept(size, False, 1, 1) if checkpointing else 0
+        taught = self.teacher.model.parameters() if self.teacher else ()
         standing = {
             "weights": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
-            "teacher": self.teacher.model.num_parameters() * DTYPES[teacher_dtype].itemsize if self.teacher else 0,
+            "teacher": sum(weight.numel() * min(weight.itemsize, DTYPES[teacher_dtype].itemsize) for weight in taught),
             "optimizer": 2 * gradients + 4 * len(learning),
         }
         passing = activations + max(loss, layer)
@@ -284,7 +288,7 @@ def _tokens(recipe: Recipe, name: str, per_picture: int, rows: int | None, text:
 
 def _linear_flops(module: nn.Module) -> int:
     """Of one position."""
-    return 2 * sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d))
+    return 2 * sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d | QuantizedLinear))
 
 
 def _forward_flops(model: VisionLanguageModel, visual: float, text: float, seen: float) -> tuple[float, ...]:

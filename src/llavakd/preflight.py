@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from llavakd.config import DataConfig, Recipe, differing_keys, dump_recipe, resolve_paths
-from llavakd.data.check import Reader, check_source
+from llavakd.data.check import check_source
 from llavakd.data.files import DataError
 from llavakd.data.samples import Samples, too_many
 from llavakd.errors import UserError
@@ -74,6 +74,6 @@ def check_recipe(recipe: Recipe, out: Path, **options: Any) -> dict[str, dict[st
 
 def check_data(name: str, data: DataConfig, models: list[VisionLanguageModel], **options: Any) -> dict[str, Any]:
     """`check_source` of one source as these models read it, with a bar."""
-    readers = [Reader(model.renderer(data), model.image_processor) for model in models]
+    readers = [(model.renderer(data), model.image_processor) for model in models]
     with bar(f"check {name}", 100) as advance:
         return check_source(data, readers, **options, progress=lambda done, total: advance(100 * done // total))

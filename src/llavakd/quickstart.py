@@ -1,7 +1,6 @@
 """The embedded run: distilled stages and their equal-step control on one drawn world, then one report."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,5 +21,4 @@ def run_quickstart(out: Path) -> dict[str, Any]:
     for name, twin in runs.items():
         say(f"== {name}: {', '.join(stage.name for stage in twin.stages)}")
         run_pipeline(twin, out / name)
-    write_report([out / name for name in runs], out)
-    return json.loads((out / "results.json").read_text(encoding="utf-8"))
+    return write_report([out / name for name in runs], out)

@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import llavakd
-from llavakd.data.chat import IGNORE_INDEX, TEMPLATES, ChatRenderer, Segment, end_token_id
+from llavakd.data.chat import TEMPLATES, ChatRenderer, Segment, end_token_id
 from llavakd.data.samples import DataError, Sample, Turn
 
 PARTS = Path(llavakd.__file__).parent / "assets" / "shapes" / "parts"
@@ -86,13 +86,13 @@ def decode(tokenizer, ids: list[int]) -> str:
     return text
 
 
-def stretches(labels: list[int]) -> list[range]:
+def stretches(segments: list[int]) -> list[range]:
     """Runs of supervised positions."""
     found, start = [], None
-    for position, label in enumerate([*labels, IGNORE_INDEX]):
-        if label != IGNORE_INDEX and start is None:
+    for position, segment in enumerate([*segments, Segment.PADDING]):
+        if segment == Segment.RESPONSE and start is None:
             start = position
-        if label == IGNORE_INDEX and start is not None:
+        if segment != Segment.RESPONSE and start is not None:
             found.append(range(start, position))
             start = None
     return found
@@ -102,34 +102,31 @@ def stretches(labels: list[int]) -> list[range]:
 def test_the_row_says_what_the_template_says(tokenizer, template, name):
     row = renderer(template, tokenizer).render(sample(*ROUNDS[name]))
     assert decode(tokenizer, row.ids) == "".join(text for text, _ in wanted_pieces(template, ROUNDS[name]))
-    assert len(row.ids) == len(row.labels) == len(row.segments)
+    assert len(row.ids) == len(row.segments)
     assert not row.truncated
 
 
 @pytest.mark.parametrize(("template", "name"), CASES)
 def test_exactly_the_answers_and_their_ends_are_supervised(tokenizer, template, name):
     row = renderer(template, tokenizer).render(sample(*ROUNDS[name]))
-    runs = stretches(row.labels)
-    got = [decode(tokenizer, [row.labels[i] for i in run]) for run in runs]
+    runs = stretches(row.segments)
+    got = [decode(tokenizer, [row.ids[i] for i in run]) for run in runs]
     assert got == [text for text, supervised in wanted_pieces(template, ROUNDS[name]) if supervised]
     newline = tokenizer("\n").input_ids
     end = {"vicuna_v1": EOS, "chatml": IM_END, "pretrain": newline[0]}[template]
     space = " " if template == "vicuna_v1" else ""
     for run, (_, _, answer) in zip(runs, ROUNDS[name], strict=True):
-        assert [row.labels[i] for i in run] == [row.ids[i] for i in run]
-        assert row.labels[run[0]] == tokenizer(space + answer).input_ids[0], "the answer's first token"
-        assert row.labels[run[-1]] == end
+        assert row.ids[run[0]] == tokenizer(space + answer).input_ids[0], "the answer's first token"
+        assert row.ids[run[-1]] == end
     assert renderer(template, tokenizer).end_token_id == end == end_token_id(template, tokenizer)
 
 
 @pytest.mark.parametrize(("template", "name"), CASES)
 def test_segments_tell_pictures_prompts_and_responses_apart(tokenizer, template, name):
     row = renderer(template, tokenizer).render(sample(*ROUNDS[name]))
-    for token, label, segment in zip(row.ids, row.labels, row.segments, strict=True):
-        supervised = label != IGNORE_INDEX
-        wanted = Segment.VISUAL if token == IMAGE else Segment.RESPONSE if supervised else Segment.PROMPT
-        assert segment == wanted
-        assert not (supervised and token == IMAGE)
+    for token, segment in zip(row.ids, row.segments, strict=True):
+        assert (segment == Segment.VISUAL) == (token == IMAGE)
+        assert segment in (Segment.VISUAL, Segment.PROMPT, Segment.RESPONSE)
     assert row.segments.count(Segment.VISUAL) == TOKENS * sum(pictures for pictures, _, _ in ROUNDS[name])
 
 
@@ -137,7 +134,7 @@ def test_segments_tell_pictures_prompts_and_responses_apart(tokenizer, template,
 def test_the_prompt_is_the_row_up_to_its_last_answer(tokenizer, template, name):
     chat = renderer(template, tokenizer)
     row = chat.render(sample(*ROUNDS[name]))
-    assert chat.render_prompt(sample(*ROUNDS[name])) == row.ids[: stretches(row.labels)[-1][0]]
+    assert chat.render_prompt(sample(*ROUNDS[name])) == row.ids[: stretches(row.segments)[-1][0]]
 
 
 def test_vicuna_v1_is_tinyllavas_text_to_the_letter(tokenizer):
@@ -155,8 +152,7 @@ def test_vicuna_v1_is_tinyllavas_text_to_the_letter(tokenizer):
 def test_pretrain_is_the_picture_and_the_caption_without_the_question(tokenizer):
     row = renderer("pretrain", tokenizer).render(sample((1, "Describe the picture.", "a red circle")))
     assert decode(tokenizer, row.ids) == "<image>a red circle\n"
-    assert row.labels[:TOKENS] == [IGNORE_INDEX] * TOKENS
-    assert row.labels[TOKENS:] == row.ids[TOKENS:]
+    assert row.segments == [Segment.VISUAL] * TOKENS + [Segment.RESPONSE] * (len(row.ids) - TOKENS)
 
 
 @pytest.mark.parametrize("rounds", [[(0, "q", "a")], [(1, "q", "a"), (0, "q", "b")]], ids=["no picture", "two rounds"])
@@ -179,14 +175,15 @@ def test_a_cut_through_an_answer_keeps_its_beginning(tokenizer):
     assert exact == whole
     cut = renderer("vicuna_v1", tokenizer, length - 2).render(sample(*ROUNDS["single"]))
     assert cut.truncated
-    assert (cut.ids, cut.labels, cut.segments) == (whole.ids[:-2], whole.labels[:-2], whole.segments[:-2])
-    assert cut.labels[-1] != IGNORE_INDEX
+    assert (cut.ids, cut.segments) == (whole.ids[:-2], whole.segments[:-2])
+    assert cut.segments[-1] == Segment.RESPONSE
 
 
 def test_a_cut_before_the_first_answer_is_refused_by_row(tokenizer):
     whole = renderer("vicuna_v1", tokenizer).render(sample(*ROUNDS["single"]))
-    first = stretches(whole.labels)[0][0]
-    assert renderer("vicuna_v1", tokenizer, first + 1).render(sample(*ROUNDS["single"])).labels[-1] != IGNORE_INDEX
+    first = stretches(whole.segments)[0][0]
+    kept = renderer("vicuna_v1", tokenizer, first + 1).render(sample(*ROUNDS["single"]))
+    assert kept.segments[-1] == Segment.RESPONSE
     with pytest.raises(DataError, match=rf"'row-9': no token to learn from within max_length {first}"):
         renderer("vicuna_v1", tokenizer, first).render(sample(*ROUNDS["single"]))
 
@@ -256,7 +253,7 @@ def test_a_familys_start_token_stands_once_and_is_not_learnt():
     chat = renderer("vicuna_v1", starting)
     row = chat.render(sample(*ROUNDS["multi"]))
     assert row.ids.count(IM_START) == 1
-    assert (row.ids[0], row.labels[0], row.segments[0]) == (IM_START, IGNORE_INDEX, Segment.PROMPT)
+    assert (row.ids[0], row.segments[0]) == (IM_START, Segment.PROMPT)
     assert chat.render_prompt(sample(*ROUNDS["multi"]))[0] == IM_START
 
 

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 
 import llavakd
 from llavakd.config import DataConfig
-from llavakd.data.chat import ChatRenderer
-from llavakd.data.check import Reader, check_source
+from llavakd.data.chat import ChatRenderer, Segment
+from llavakd.data.check import check_source
 from llavakd.data.files import DataError
 from llavakd.data.samples import load_samples
 
@@ -42,7 +42,7 @@ def source(tmp_path):
 def reader():
     tokenizer = AutoTokenizer.from_pretrained(PARTS / "student-lm")
     mark = tokenizer.convert_tokens_to_ids("<image>")
-    return Reader(ChatRenderer("chatml", tokenizer, image_token_id=mark, tokens_per_image=4, max_length=40), None)
+    return ChatRenderer("chatml", tokenizer, image_token_id=mark, tokens_per_image=4, max_length=40), None
 
 
 def test_a_clean_copy_keeps_every_row_that_trains_once_and_as_it_stood(source, reader, tmp_path):
@@ -60,8 +60,8 @@ def test_a_clean_copy_keeps_every_row_that_trains_once_and_as_it_stood(source, r
 
 def test_tokens_are_counted_over_the_rows_that_render(source, reader):
     found = check_source(source, [reader])
-    texts = [reader.renderer.render(sample) for sample in load_samples(source, 1.0) if "question" not in sample.id]
-    responses = [sum(label != -100 for label in text.labels) for text in texts]
+    texts = [reader[0].render(sample) for sample in load_samples(source, 1.0) if "question" not in sample.id]
+    responses = [text.segments.count(Segment.RESPONSE) for text in texts]
     assert found["tokens"]["response"]["mean"] == pytest.approx(sum(responses) / 3)
     assert found["tokens"]["response"]["largest"] == max(responses)
     assert found["tokens"]["visual"]["largest"] == 0
@@ -69,15 +69,15 @@ def test_tokens_are_counted_over_the_rows_that_render(source, reader):
 
 
 def test_a_second_reader_finds_what_only_it_cannot_read(source, reader):
-    wide = ChatRenderer("chatml", reader.renderer.tokenizer, image_token_id=3, tokens_per_image=4, max_length=999)
-    assert {f["kind"] for f in check_source(source, [Reader(wide, None)])["findings"]} == {"row", "duplicate"}
-    found = check_source(source, [Reader(wide, None), reader])
+    wide = ChatRenderer("chatml", reader[0].tokenizer, image_token_id=3, tokens_per_image=4, max_length=999)
+    assert {f["kind"] for f in check_source(source, [(wide, None)])["findings"]} == {"row", "duplicate"}
+    found = check_source(source, [(wide, None), reader])
     assert [(f["row"], f["kind"]) for f in found["findings"] if f["kind"] == "text"] == [("long question", "text")]
-    assert found["tokens"] == check_source(source, [Reader(wide, None)])["tokens"], "as the first one sees them"
+    assert found["tokens"] == check_source(source, [(wide, None)])["tokens"], "as the first one sees them"
 
 
 def test_every_row_is_rendered_though_some_cannot_be(source, reader):
-    texts = reader.renderer.render_each(list(load_samples(source, 1.0)))
+    texts = reader[0].render_each(list(load_samples(source, 1.0)))
     assert [isinstance(text, DataError) for text in texts] == [False, False, True, False]
 
 

@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, SiglipImageProcessorPil
 
 import llavakd
 from llavakd.config import DataConfig
-from llavakd.data.chat import IGNORE_INDEX, ChatRenderer, Rendered, Segment
+from llavakd.data.chat import ChatRenderer, Rendered, Segment
 from llavakd.data.collate import Row, RowDataset, Source, collate, collate_step
 from llavakd.data.pictures import FeatureStore, load_pixels, save_features
 from llavakd.data.samples import Sample, Turn
+from llavakd.losses.rows import IGNORE_INDEX
 
 PARTS = Path(llavakd.__file__).parent / "assets" / "shapes" / "parts"
 END = 0  # the padding id of these tests too, as with Qwen's base models
@@ -32,11 +34,16 @@ def row(name: str, pictures: int, length: int, *, cached: bool = False, truncate
     prompt = length // 2
     text = Rendered(
         ids=ids,
-        labels=[IGNORE_INDEX] * prompt + ids[prompt:],
         segments=[int(Segment.PROMPT)] * prompt + [int(Segment.RESPONSE)] * (length - prompt),
         truncated=truncated,
     )
     return Row(id=name, text=text, pixels=None if cached else filled, features=filled if cached else None)
+
+
+def labels_of(text: Rendered) -> list[int]:
+    """The second half of such a row is its answer."""
+    prompt = len(text.ids) // 2
+    return [IGNORE_INDEX] * prompt + text.ids[prompt:]
 
 
 ROWS = [("a", 2, 5), ("b", 0, 9), ("c", 1, 3)]
@@ -49,7 +56,7 @@ def test_rows_are_padded_on_the_right_with_what_is_ignored():
     for index, (name, pictures, length) in enumerate(ROWS):
         text = row(name, pictures, length).text
         assert batch.input_ids[index].tolist() == text.ids + [77] * (9 - length)
-        assert batch.labels[index].tolist() == text.labels + [IGNORE_INDEX] * (9 - length)
+        assert batch.labels[index].tolist() == labels_of(text) + [IGNORE_INDEX] * (9 - length)
         assert batch.segments[index].tolist() == text.segments + [Segment.PADDING] * (9 - length)
         assert batch.attention_mask[index].tolist() == [1] * length + [0] * (9 - length)
     dtypes = {name: getattr(batch, name).dtype for name in ("input_ids", "attention_mask", "labels", "segments")}
@@ -82,14 +89,13 @@ def test_a_batch_of_text_has_no_pictures():
     assert batch.image_rows.dtype == torch.int64
 
 
-def test_cut_rows_are_counted_and_moving_keeps_everything():
+def test_cut_rows_are_counted_and_no_wrapper_moves_a_batch():
     batch = collate([row("a", 1, 5, truncated=True), row("b", 0, 9), row("c", 1, 3, truncated=True)], pad_token_id=END)
-    moved = batch.to(torch.device("meta"))
-    assert batch.truncated == moved.truncated == 2
-    assert moved.sample_ids == ("a", "b", "c")
+    assert batch.truncated == 2
+    assert batch.sample_ids == ("a", "b", "c")
+    moved = send_to_device(batch, torch.device("meta"))  # what accelerate and DDP do with tuples, lists and dicts
     for name in ("input_ids", "attention_mask", "labels", "segments", "image_rows", "pixel_values"):
-        assert getattr(moved, name).device.type == "meta", name
-    assert moved.features is None
+        assert getattr(moved, name).device.type == "cpu", name
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +232,6 @@ def test_without_a_limit_of_tokens_rows_are_one_padded_batch():
     rows = [row(*r) for r in ROWS]
     (batch,) = collate_step(rows, pad_token_id=END, max_tokens=None)
     alone = collate(rows, pad_token_id=END)
-    assert vars(batch).keys() == vars(alone).keys()
     for name, value in vars(alone).items():
         assert torch.equal(getattr(batch, name), value) if isinstance(value, torch.Tensor) else True, name
     assert batch.position_ids is None
@@ -248,9 +253,9 @@ def test_packs_hold_every_row_whole_once_one_behind_the_other(limit, cached):
         rows = [whole[name] for name in pack.sample_ids]
         length = sum(len(one.text.ids) for one in rows)
         assert length <= limit
-        for part, name in (("ids", "input_ids"), ("labels", "labels"), ("segments", "segments")):
-            joined = [value for one in rows for value in getattr(one.text, part)]
-            assert getattr(pack, name).tolist() == [joined], name
+        assert pack.input_ids.tolist() == [[token for one in rows for token in one.text.ids]]
+        assert pack.labels.tolist() == [[label for one in rows for label in labels_of(one.text)]]
+        assert pack.segments.tolist() == [[segment for one in rows for segment in one.text.segments]]
         assert pack.attention_mask.tolist() == [[1] * length]
         assert pack.position_ids.tolist() == [[place for one in rows for place in range(len(one.text.ids))]]
         dtypes = [pack.input_ids.dtype, pack.labels.dtype, pack.segments.dtype, pack.position_ids.dtype]

@@ -53,8 +53,8 @@ def test_rows_of_json_lines_are_found_again(tmp_path):
     [
         ("", "is not JSON"),
         ("  ", "is not JSON"),
-        ("{}", "holds a dict"),
-        ("3", "holds a int"),
+        ("{}", "holds no list"),
+        ("3", "holds no list"),
         ("[]", "an empty list"),
         ("[1, 2", "is not JSON .* in row 2, after byte"),
         ("[1, 2, ", "is not JSON .* in row 2"),

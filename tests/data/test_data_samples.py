@@ -82,9 +82,9 @@ def test_a_question_may_be_a_picture_alone():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"conversations": None}, "no `conversations`"),
-        ({"conversations": []}, "no `conversations`"),
-        ({"conversations": "hello"}, "no `conversations`"),
+        ({"conversations": None}, "`conversations` is None, expected a list"),
+        ({"conversations": []}, r"`conversations` is \[\], expected a list"),
+        ({"conversations": "hello"}, "`conversations` is 'hello', expected a list"),
         ({"conversations": [human("<image>"), {"from": "bot", "value": "x"}]}, "turn 1 is .*'bot'.*human.gpt"),
         ({"conversations": [human("<image>"), {"from": ["gpt"], "value": "x"}]}, "turn 1 is .*human.gpt"),
         ({"conversations": [human("<image>"), {"from": "gpt", "value": None}]}, "turn 1 is .*None"),
@@ -127,7 +127,7 @@ def test_dots_inside_a_name_do_not_leave_the_folder():
     [
         ('[{"id": "cat-1", "conv', "is not JSON"),
         ("", "is not JSON"),
-        ('{"id": 1}', "holds a dict; expected a list"),
+        ('{"id": 1}', "holds no list; expected a list"),
         ("[]", "holds an empty list; expected a list"),
     ],
 )

@@ -225,3 +225,23 @@ def test_wrappers_of_accelerates_own_are_refused(alone, tmp_path, monkeypatch, w
     monkeypatch.setenv(f"ACCELERATE_USE_{wrapper}", "true")  # as `accelerate launch` does by its configuration
     with pytest.raises(UserError, match=f"{wrapper}; start with torchrun instead and set sharding"):
         run_pipeline(load_recipe(alone[0]), tmp_path)
+
+
+def test_two_processes_quantise_alike_and_refuse_together(tiny, command, tmp_path):
+    tree = mixed_tree(tiny)
+    tree["stages"] = tree["stages"][:1]
+    tree["teacher"] |= {"quantize": "int8", "max_drift": 10.0}
+    alone = command("train", tiny.recipe(tmp_path / "r.yaml", tree), "--out", tmp_path / "alone")
+    assert alone.code == 0, alone.err
+    code, err = torchrun(tmp_path / "r.yaml", tmp_path / "together")
+    assert code == 0, err
+    assert err.count("KL of the int8 teacher") == 1
+    (one,), (other,) = (
+        json.loads((tmp_path / name / "pipeline.json").read_text(encoding="utf-8"))["stages"]
+        for name in ("alone", "together")
+    )
+    assert other["teacher_drift"] == pytest.approx(one["teacher_drift"], rel=1e-6)
+    tree["teacher"]["max_drift"] = 0.0
+    code, err = torchrun(tiny.recipe(tmp_path / "refused.yaml", tree), tmp_path / "refused")
+    assert code == 1
+    assert "max_drift is 0.0" in err

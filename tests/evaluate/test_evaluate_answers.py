@@ -25,6 +25,10 @@ def data(tiny):
     return DataConfig(path=str(tiny.mixed), images=str(tiny.world / "images"), template="chatml", max_length=400)
 
 
+def asking(batch_size: int, max_new_tokens: int) -> EvaluationConfig:
+    return EvaluationConfig(data="", batch_size=batch_size, max_new_tokens=max_new_tokens)
+
+
 def say_alone(model, data, sample) -> str:
     """Greedy decoding by hand: one row, no padding, no cache, one forward a token."""
     ids = model.renderer(data).render_prompt(sample)
@@ -46,7 +50,7 @@ def test_batched_answers_equal_greedy_decoding_of_each_row_alone(model, data, ba
     samples = samples[::3]
     lengths = {len(model.renderer(data).render_prompt(sample)) for sample in samples}
     assert len(lengths) > 4  # padding there is
-    answers = generate_answers(model, samples, data, batch_size=batch_size, max_new_tokens=6, label="", shown=False)
+    answers = generate_answers(model, samples, data, asking(batch_size, 6), "")
     assert [answer.sample for answer in answers] == samples
     assert [answer.prediction for answer in answers] == [say_alone(model, data, sample) for sample in samples]
     assert len({answer.prediction for answer in answers}) > 3
@@ -58,9 +62,7 @@ def test_an_answer_ends_at_the_end_token_of_the_template(model, data):
     hook = model.model.lm_head.register_forward_hook(
         lambda module, inputs, output: output.index_fill(-1, torch.tensor([end]), 1e4)
     )
-    answers = generate_answers(
-        model, load_samples(data)[:3], data, batch_size=3, max_new_tokens=6, label="", shown=False
-    )
+    answers = generate_answers(model, load_samples(data)[:3], data, asking(3, 6), "")
     hook.remove()
     assert [answer.prediction for answer in answers] == ["", "", ""]
 
@@ -68,7 +70,7 @@ def test_an_answer_ends_at_the_end_token_of_the_template(model, data):
 def test_generation_leaves_the_training_mode_as_it_was(model, data):
     for mode in (True, False):
         model.model.train(mode)
-        generate_answers(model, load_samples(data)[:1], data, batch_size=1, max_new_tokens=1, label="", shown=False)
+        generate_answers(model, load_samples(data)[:1], data, asking(1, 1), "")
         assert model.model.training == mode
 
 
@@ -88,7 +90,7 @@ def test_evaluation_writes_every_answer_and_scores_what_it_wrote(model, tiny, tm
         assert line["question"] == source["conversations"][0]["value"].removeprefix("<image>\n")
         assert line["truth"] == source["conversations"][1]["value"]
         assert line["correct"] == (line["prediction"].casefold() == line["truth"].casefold())
-    answers = generate_answers(model, samples, data, batch_size=12, max_new_tokens=3, label="", shown=False)
+    answers = generate_answers(model, samples, data, asking(12, 3), "")
     assert [line["prediction"] for line in lines] == [answer.prediction for answer in answers]
     assert row["name"] == "it"
     assert row["n"] == 12
@@ -109,7 +111,7 @@ def test_a_soft_score_is_written_for_every_answer(model, tiny, tmp_path):
     images = str(tiny.world / "images")
     data = DataConfig(path=str(tiny.world / "test.json"), images=images, template="chatml", max_length=400)
     samples = load_samples(data)[:4]
-    said = generate_answers(model, samples, data, batch_size=4, max_new_tokens=3, label="", shown=False)
+    said = generate_answers(model, samples, data, asking(4, 3), "")
     word = said[0].prediction
     others = tuple(f"other{number}" for number in range(10))
     samples = [

@@ -183,9 +183,9 @@ def paper10(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("paper10")
     asked = []
 
-    def answer(model, samples, data, *, max_new_tokens, **rest):
+    def answer(model, samples, data, evaluation, label):
         for sample in samples:
-            asked.append((sample, max_new_tokens))
+            asked.append((sample, evaluation.max_new_tokens))
             task, number = sample.id.split()
             yield Answer(sample=sample, prediction=DOCUMENTS[task][int(number)][1])
 
@@ -345,7 +345,7 @@ def local(tiny, model, tmp_path_factory):
     path = folder / "rows.json"
     path.write_text(json.dumps(rows))
     data = DataConfig(path=str(path), images=str(folder / "images"), template="chatml", max_length=400)
-    answers = generate_answers(model, load_samples(data), data, batch_size=18, max_new_tokens=4, label="", shown=False)
+    answers = generate_answers(model, load_samples(data), data, settings(18, 4)[1], "")
     for row, answer in list(zip(rows, answers, strict=True))[::2]:
         row["conversations"][1]["value"] = answer.prediction or "nothing"
     path.write_text(json.dumps(rows))
@@ -378,7 +378,7 @@ def test_a_local_task_scores_what_our_own_scorer_does_on_the_same_questions_at_a
 ):
     folder, data = local
     row = lmms.evaluate_tasks(source, ["local"], *settings(batch_size), tmp_path, include=folder)
-    ours = generate_answers(model, load_samples(data), data, batch_size=5, max_new_tokens=4, label="", shown=False)
+    ours = generate_answers(model, load_samples(data), data, settings(5, 4)[1], "")
     assert answers_of(tmp_path) == [answer.prediction for answer in ours]
     assert row["values"] == {"local.exact_match": pytest.approx(score(ours)["accuracy"])}
     assert 0.3 < score(ours)["accuracy"] < 0.9
@@ -401,7 +401,7 @@ def test_a_turned_picture_is_turned_upright_whether_named_or_opened(local, model
     opened = Image.open(folder / "images" / named.images[0])
     assert opened.getexif()[0x0112] == 6
     for sample in (named, dataclasses.replace(named, images=(opened,))):
-        generate_answers(watched, [sample], data, batch_size=1, max_new_tokens=1, label="", shown=False)
+        generate_answers(watched, [sample], data, settings(1, 1)[1], "")
     upright = np.rot90(np.asarray(opened.convert("RGB")), k=-1)  # entry 6: a quarter to the right
     assert len(seen) == 2
     for picture in seen:

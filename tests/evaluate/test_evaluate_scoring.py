@@ -7,7 +7,7 @@ import yaml
 
 from llavakd.data.samples import Sample, Turn
 from llavakd.errors import UserError
-from llavakd.evaluate.scoring import METRICS, Answer, column_scores, is_correct, majority_share, normalize, score
+from llavakd.evaluate.scoring import METRICS, Answer, column_scores, majority_share, normalize, score
 
 
 def answer(truth: str, prediction: str, kind: str | None = None, people: tuple[str, ...] = ()) -> Answer:
@@ -17,12 +17,12 @@ def answer(truth: str, prediction: str, kind: str | None = None, people: tuple[s
 
 @pytest.mark.parametrize("prediction", ["red", "Red", " RED ", "red.", "red. ", "red .", "red\n"])
 def test_case_white_space_and_a_final_full_stop_do_not_count(prediction):
-    assert is_correct(prediction, "Red.")
+    assert METRICS["exact_match"](answer("Red.", prediction))
 
 
 @pytest.mark.parametrize("prediction", ["", ".", "reds", "red, I think", "is red", "re d", "r.ed", "blue", "red?"])
 def test_anything_else_is_wrong(prediction):
-    assert not is_correct(prediction, "red")
+    assert not METRICS["exact_match"](answer("red", prediction))
 
 
 def test_scores_stand_beside_what_the_most_frequent_answer_would_get():

@@ -6,6 +6,7 @@ import torch
 
 import llavakd.evaluate
 from llavakd.config import DataConfig, StudentConfig, TeacherConfig
+from llavakd.data.chat import Segment
 from llavakd.data.pictures import load_pixels
 from llavakd.data.samples import load_samples
 from llavakd.evaluate import compare_segments
@@ -50,7 +51,7 @@ def by_hand(student, teacher, samples, data) -> dict[str, list[tuple[float, floa
         for place, (q, p) in enumerate(zip(mine, theirs, strict=True)):
             kl, entropy = (np.exp(p) * (p - q)).sum(), -(np.exp(p) * p).sum()
             values = (kl, float(np.argmax(q) == np.argmax(p)), entropy)
-            if place + 1 < len(text.labels) and text.labels[place + 1] != -100:
+            if text.segments[place + 1 : place + 2] == [Segment.RESPONSE]:
                 found["response"].append(values)
             if text.ids[place] == student.image_token_id:
                 found["visual"].append(values)

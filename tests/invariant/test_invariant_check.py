@@ -45,7 +45,7 @@ ROW_MISTAKES = {
     "two tags": (lambda place, row: spoil(row["conversations"][0], value="<image><image> q"), "1 picture(s) but 2"),
     "no answer": (lambda place, row: row["conversations"].pop(), "no answer"),
     "empty answer": (lambda place, row: spoil(row["conversations"][-1], value=" \n"), "the answer, is empty"),
-    "no conversations": (lambda place, row: row.pop("conversations"), "no `conversations`"),
+    "no conversations": (lambda place, row: row.pop("conversations"), "`conversations` is None, expected a list"),
     "wrong role": (lambda place, row: spoil(row["conversations"][0], **{"from": "bot"}), "'bot'"),
     "leaving the folder": (lambda place, row: spoil(row, image="../secret.png"), "leaves the picture folder"),
 }
@@ -75,7 +75,7 @@ def test_check_names_the_row_that_cannot_be_used(tiny, command, place, mistake):
     ("text", "said"),
     [
         ('[{"id": "a", "conversations": [{"from', "is not JSON"),
-        ('{"id": "a"}', "holds a dict"),
+        ('{"id": "a"}', "holds no list"),
         ("", "is not JSON"),
         ("[]", "an empty list"),
     ],

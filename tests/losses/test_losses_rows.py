@@ -170,8 +170,8 @@ def test_the_chunk_size_does_not_matter(chunk_rows):
 
 def test_the_default_chunk_bounds_the_logits_held(monkeypatch):
     held, project = [], rows_module.product
-    # Ten rows: 4 bytes of each model's logits and 4 of the gradients of three chunks.
-    monkeypatch.setitem(rows_module.CHUNK_BYTES, "cpu", (4 + 4 + 3 * 4) * 10 * SHARED)
+    # Ten rows: 4 bytes of each model's logits and 4 of the gradients of four chunks.
+    monkeypatch.setitem(rows_module.CHUNK_BYTES, "cpu", (4 + 4 + 4 * 4) * 10 * SHARED)
     monkeypatch.setattr(rows_module, "product", lambda a, b: held.append((len(a), b.shape[1])) or project(a, b))
     distill_rows(**inputs(), vocab_size=SHARED)
     logits = [rows for rows, width in held if width == SHARED]

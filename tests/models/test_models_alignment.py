@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from llavakd.config import LossConfig, StudentConfig, TeacherConfig
+from llavakd.errors import UserError
 from llavakd.losses.objective import Counts, objective
-from llavakd.models.alignment import AlignmentError, align, shared_vocabulary
+from llavakd.models.alignment import align, shared_vocabulary
 from llavakd.models.student import (
     VisionLanguageModel,
     build_student,
@@ -83,7 +84,7 @@ def test_one_tower_read_at_two_layers_is_not_shared(tiny, teacher):
 
 
 def test_unequal_numbers_of_visual_tokens_are_refused_with_both_numbers(tiny, teacher):
-    with pytest.raises(AlignmentError, match=r"student 15, teacher 16"):
+    with pytest.raises(UserError, match=r"student 15, teacher 16"):
         align(student_of(tiny, vision_feature_select_strategy="default"), teacher)
 
 
@@ -97,7 +98,7 @@ def test_different_tokenizers_are_refused_with_the_first_id_that_differs(tiny, t
         vocabulary[by_id[40]], vocabulary[by_id[41]] = 41, 40
 
     folder = copy_with(tiny, tmp_path, "tokenizer.json", swap)
-    with pytest.raises(AlignmentError) as refusal:
+    with pytest.raises(UserError) as refusal:
         align(student_of(tiny, language_model=folder), teacher)
     assert f"id 40 is {names[41]!r} for the student and {names[40]!r} for the teacher" in str(refusal.value)
 
@@ -279,10 +280,10 @@ def test_a_pair_of_the_true_widths_distils_over_the_shared_ids_only(true_pair):
 
 def test_tokenizers_of_the_true_width_that_part_at_the_last_word_are_refused_with_its_id(words):
     other = vocabulary_of([*words[:-2], "other", "<image>"])
-    with pytest.raises(AlignmentError, match=r"id 151664 is 'w151664' for the student and 'other' for the teacher"):
-        shared_vocabulary(vocabulary_of(words), other, STUDENT_ROWS, TEACHER_ROWS)
+    with pytest.raises(UserError, match=r"id 151664 is 'w151664' for the student and 'other' for the teacher"):
+        shared_vocabulary(vocabulary_of(words), other, min(STUDENT_ROWS, TEACHER_ROWS))
 
 
 def test_a_last_id_that_is_the_picture_mark_to_one_and_a_word_to_the_other_is_not_shared(words):
     longer = vocabulary_of([*words[:-1], "tool", "<image>"])
-    assert shared_vocabulary(vocabulary_of(words), longer, STUDENT_ROWS, TEACHER_ROWS) == WORDS
+    assert shared_vocabulary(vocabulary_of(words), longer, min(STUDENT_ROWS, TEACHER_ROWS)) == WORDS

@@ -19,7 +19,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from llavakd.config import DataConfig, StudentConfig
+from llavakd.config import DataConfig, EvaluationConfig, StudentConfig
 from llavakd.data.chat import Segment
 from llavakd.data.collate import Batch, RowDataset, Source, collate
 from llavakd.data.samples import load_samples
@@ -99,7 +99,7 @@ def test_stock_generate_with_the_saved_chat_template_says_what_our_evaluation_sa
     student, folder = saved
     data = dataclasses.replace(mixed_data(tiny), path=str(tiny.world / "test.json"))
     samples = load_samples(data)[:4]
-    ours = generate_answers(student, samples, data, batch_size=4, max_new_tokens=6, label="", shown=False)
+    ours = generate_answers(student, samples, data, EvaluationConfig(data="", max_new_tokens=6), "")
     stock, processor = LlavaForConditionalGeneration.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     for sample, answer in zip(samples, ours, strict=True):
         content = [

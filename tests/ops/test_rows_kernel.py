@@ -139,9 +139,17 @@ from llavakd.ops.rows import _rows_kernel
 types = {"grad": "*bf16", "labels": "*i64", "stride": "i32", "taught_stride": "i32", "grad_stride": "i32"}
 types |= dict.fromkeys(("logits", "taught", "ce_weight", "kl_weight", "ce_out", "kl_out"), "*fp32")
 names = {name: "constexpr" if name.isupper() else types.get(name, "fp32") for name in _rows_kernel.arg_names}
-fixed = {"VOCAB": 151936, "TAUGHT": True, "SOFT": True, "CAP": True, "TAUGHT_CAP": True, "BLOCK": 2048}
-for kind in (0, 2):
-    source = ASTSource(_rows_kernel, names, fixed | {"KIND": kind})
+capped = names | {"form": ("fp32",) * 2, "taught_form": ("fp32",) * 2, "mix": ("fp32",) * 3}
+plain = capped | dict.fromkeys(("form", "taught_form"), ("fp32", "constexpr"))
+uncapped = {(_rows_kernel.arg_names.index(form), 1): None for form in ("form", "taught_form")}
+fixed = {"VOCAB": 151936, "SOFT": True, "BLOCK": 2048}
+for types, constants in (
+    (capped, {"KIND": "forward_kl"}),
+    (capped, {"KIND": "jsd"}),
+    (plain, {"KIND": "jsd"} | uncapped),
+    (plain | {"taught": "constexpr"}, {"KIND": None, "taught": None} | uncapped),
+):
+    source = ASTSource(_rows_kernel, types, fixed | constants)
     binary = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
     assert binary.asm["cubin"] and ".local" not in binary.asm["ptx"], "registers spill"
 """

@@ -8,6 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from llavakd.report import compare, texts
+from llavakd.report.results import Results
+from llavakd.templates import render
+
 KINDS = ("count", "colour")
 Writer = Callable[..., Path]
 
@@ -107,3 +111,23 @@ def write_metrics(folder: Path, stage: str, steps: int) -> None:
 def flags(right: int, total: int) -> list[bool]:
     """Return `total` flags of which the first `right` are true."""
     return [i < right for i in range(total)]
+
+
+def markdown(results: Results) -> str:
+    """Return what report.md says."""
+    return texts(results)["report.md"]
+
+
+def page(results: Results) -> str:
+    """Return what report.html says."""
+    return texts(results)["report.html"]
+
+
+def headline(results: Results) -> str:
+    """Return the sentences that stand first in both."""
+    return render("headline.jinja", results=results, compare=compare).strip()
+
+
+def notes(results: Results) -> list[str]:
+    """Return what both say is left out, as lines."""
+    return render("notes.jinja", results=results).splitlines()

@@ -5,10 +5,10 @@ import math
 from pathlib import Path
 
 import pytest
-from report_runs import Writer, flags
+from report_runs import Writer, flags, headline, markdown
 
-from llavakd.report import collect, console_rows, markdown
-from llavakd.report.compare import difference, find_control, half_width, headline
+from llavakd.report import collect
+from llavakd.report.compare import difference, find_control, half_width
 
 
 def test_wilson_half_width() -> None:
@@ -119,13 +119,14 @@ def test_the_headline_is_about_the_papers_three_stages(make_run: Writer) -> None
     assert "seen: dpt-dft-dft answers" in headline(collect([make_run("b", rows)]))
 
 
-def test_console_rows(make_run: Writer) -> None:
+def test_the_main_table(make_run: Writer) -> None:
     run = make_run("a", {"teacher": flags(9, 10), "pt-sft": flags(5, 10)})
-    header, rows = console_rows(collect([run]))
-    assert header[0] == "model"
-    assert rows[0][:6] == ["teacher", "90.0 ± 19.3", "10", "-", "-", "7,654,321"]
-    assert rows[1] == ["pt-sft", "50.0 ± 26.3", "10", "30", "200", "7,654,321", "control"]
-    assert all(len(row) == len(header) for row in rows)
+    lines = markdown(collect([run])).splitlines()
+    header, _, *rows = lines[next(at for at, line in enumerate(lines) if line.startswith("|")) :][:4]
+    assert header.startswith("| model | accuracy % | questions | steps | seconds | parameters | ")
+    assert rows[0].startswith("| teacher | 90.0 ± 19.3 | 10 | - | - | 7,654,321 | +40.0 ± ")
+    assert rows[1] == "| pt-sft | 50.0 ± 26.3 | 10 | 30 | 200 | 7,654,321 | control |"
+    assert {line.count("|") for line in (header, *rows)} == {8}
 
 
 def test_markdown_has_both_tables_and_escapes_bars(make_run: Writer) -> None:

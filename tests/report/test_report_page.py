@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report_runs import Writer, flags
+from report_runs import Writer, flags, page
 
-from llavakd.report import collect, page, pick_cases, write_report
+from llavakd.report import collect, pick_cases, write_report
 from llavakd.report.plots import gram_pictures, loss_curves
 
 SECTIONS = ("Results", "Accuracy by kind of question", "Loss curves", "Test pictures", "Cost", "Recipe", "Environment")

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report_runs import Writer, edit_row, flags
+from report_runs import Writer, edit_row, flags, headline, markdown, page
 
-from llavakd.report import collect, markdown, page
-from llavakd.report.compare import headline, over_seeds, seed_difference
+from llavakd.report import collect
+from llavakd.report.compare import over_seeds, seed_difference
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@
 import json
 import re
 
-from report_runs import Writer, edit_row, flags
+from report_runs import Writer, edit_row, flags, headline, markdown, page
 
-from llavakd.report import collect, markdown, page
-from llavakd.report.compare import find_control, headline
+from llavakd.report import collect
+from llavakd.report.compare import find_control
 from llavakd.report.results import Results
 
 SEGMENTS = {

@@ -3,6 +3,8 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from shapes_oracle import answer_of
 
-from llavakd.shapes import WorldSummary, write_world
+from llavakd.config import WorldConfig
+from llavakd.shapes import write_world
 from llavakd.shapes.questions import KINDS
 from llavakd.shapes.scenes import (
     COLORS,
@@ -36,13 +39,16 @@ Row = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> WorldSummary:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("shapes") / "world"
-    return write_world(directory, scenes=SCENES, seed=7, test_questions=QUESTIONS)
+    pictures, rows = write_world(directory, WorldConfig(scenes=SCENES, seed=7, test_questions=QUESTIONS))
+    assert pictures == len(list((directory / "images").iterdir()))
+    assert rows == {path.stem: len(rows_of(directory, path.stem)) for path in directory.glob("*.json")}
+    return directory
 
 
-def rows_of(world: WorldSummary, name: str) -> list[Row]:
-    rows: list[Row] = json.loads((world.directory / f"{name}.json").read_text())
+def rows_of(world: Path, name: str) -> list[Row]:
+    rows: list[Row] = json.loads((world / f"{name}.json").read_text())
     return rows
 
 
@@ -123,14 +129,12 @@ def test_ground_is_gray_with_the_stated_noise_and_things_move() -> None:
     assert tops == {0, 1, 2, 3, 4}
 
 
-def test_every_row_is_a_llava_row(world: WorldSummary) -> None:
-    pictures = {path.name for path in (world.directory / "images").iterdir()}
-    assert len(pictures) == world.pictures
+def test_every_row_is_a_llava_row(world: Path) -> None:
+    pictures = {path.name for path in (world / "images").iterdir()}
     used = set()
-    for name, count in world.rows.items():
+    for name in ("pretrain", "instruct", "text", "mixed", "val", "test"):
         rows = rows_of(world, name)
-        assert len(rows) == count
-        assert len({row["id"] for row in rows}) == count
+        assert len({row["id"] for row in rows}) == len(rows)
         for row in rows:
             turns = row["conversations"]
             assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
@@ -144,13 +148,13 @@ def test_every_row_is_a_llava_row(world: WorldSummary) -> None:
     assert used == pictures
 
 
-def test_captions_and_answers_about_train_pictures_are_true(world: WorldSummary) -> None:
+def test_captions_and_answers_about_train_pictures_are_true(world: Path) -> None:
     scenes, shuffled = {}, 0
     for row in rows_of(world, "pretrain"):
         ((request, words),) = pairs_of(row)
         assert request == "describe the picture."
         scenes[row["image"]] = scene_from(words)
-        shown = seen_in(Image.open(world.directory / "images" / row["image"]))
+        shown = seen_in(Image.open(world / "images" / row["image"]))
         assert scenes[row["image"]] == shown
         shuffled += words != caption(shown)
     assert len(scenes) == SCENES
@@ -161,7 +165,7 @@ def test_captions_and_answers_about_train_pictures_are_true(world: WorldSummary)
             assert all(answer_of(scenes[row["image"]], text) == answer for text, answer in pairs_of(row))
 
 
-def test_instruct_has_the_stated_mix(world: WorldSummary) -> None:
+def test_instruct_has_the_stated_mix(world: Path) -> None:
     rows = rows_of(world, "instruct")
     turns: dict[str, list[int]] = {}
     for row in rows:
@@ -176,7 +180,7 @@ def test_instruct_has_the_stated_mix(world: WorldSummary) -> None:
     assert neighbours < 5, "rows about one scene stand side by side"
 
 
-def test_told_scenes_are_answered_truly(world: WorldSummary) -> None:
+def test_told_scenes_are_answered_truly(world: Path) -> None:
     retold = other_order = 0
     texts = rows_of(world, "text")
     told = [row for row in rows_of(world, "instruct") if "image" not in row]
@@ -200,18 +204,18 @@ def test_told_scenes_are_answered_truly(world: WorldSummary) -> None:
 
 
 @pytest.mark.parametrize(("name", "count"), [("test", QUESTIONS), ("val", QUESTIONS // 2)])
-def test_exams_are_true_and_even_over_kinds(world: WorldSummary, name: str, count: int) -> None:
+def test_exams_are_true_and_even_over_kinds(world: Path, name: str, count: int) -> None:
     rows = rows_of(world, name)
     assert Counter(row["type"] for row in rows) == dict.fromkeys(KINDS, count // len(KINDS))
     assert len({row["image"] for row in rows}) == count // 3
     for row in rows:
         ((text, answer),) = pairs_of(row)
-        assert answer_of(seen_in(Image.open(world.directory / "images" / row["image"])), text) == answer
+        assert answer_of(seen_in(Image.open(world / "images" / row["image"])), text) == answer
 
 
-def test_no_scene_is_in_two_splits(world: WorldSummary) -> None:
+def test_no_scene_is_in_two_splits(world: Path) -> None:
     seen: dict[str, set[str]] = {"train": set(), "val": set(), "test": set(), "text": set()}
-    for path in (world.directory / "images").iterdir():
+    for path in (world / "images").iterdir():
         split = path.stem.split("-")[0] if "-" in path.stem else "train"
         seen[split].add(caption(seen_in(Image.open(path))))
     for row in [*rows_of(world, "text"), *(row for row in rows_of(world, "instruct") if "image" not in row)]:
@@ -221,7 +225,7 @@ def test_no_scene_is_in_two_splits(world: WorldSummary) -> None:
     assert sum(map(len, seen.values())) == len(set().union(*seen.values()))
 
 
-def test_the_mixture_holds_what_it_says_in_another_order(world: WorldSummary) -> None:
+def test_the_mixture_holds_what_it_says_in_another_order(world: Path) -> None:
     rows = {name: rows_of(world, name) for name in ("pretrain", "instruct", "text", "mixed")}
     made_of = [*rows["pretrain"], *rows["instruct"], *rows["text"][::24]]
     assert sorted(map(json.dumps, rows["mixed"])) == sorted(map(json.dumps, made_of))
@@ -232,17 +236,18 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def test_a_seed_decides_every_byte_however_many_work(tmp_path: Path) -> None:
-    calls: list[tuple[int, int]] = []
+def test_a_seed_decides_every_byte_however_many_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    shown: list[tuple[str, int]] = []
+
+    @contextmanager
+    def bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+        shown.append((label, total))
+        yield calls.append
+
+    monkeypatch.setattr("llavakd.shapes.world.bar", bar)
     for name, seed, workers in (("one", 5, 1), ("two", 5, 2), ("other", 6, 1)):
-        write_world(
-            tmp_path / name,
-            scenes=270,
-            seed=seed,
-            test_questions=20,
-            workers=workers,
-            progress=lambda done, total: calls.append((done, total)),
-        )
+        write_world(tmp_path / name, WorldConfig(scenes=270, seed=seed, test_questions=20), workers=workers)
     one = contents(tmp_path / "one")
     assert len(one) == 270 + 4 + 7 + 6
     assert one == contents(tmp_path / "two")
@@ -250,12 +255,12 @@ def test_a_seed_decides_every_byte_however_many_work(tmp_path: Path) -> None:
     assert other.keys() == one.keys()
     assert all(other[name] != data for name, data in one.items())
     total = 270 + 540 + 4 + 7
-    each = [(250, total), (270, total), (520, total), (770, total), (810, total), (814, total), (total, total)]
-    assert calls == each * 3
+    assert shown == [("draw", total)] * 3
+    assert calls == [*range(1, total + 1)] * 3
 
 
-def test_noise_makes_that_share_of_answers_wrong_and_nothing_else(world: WorldSummary, tmp_path: Path) -> None:
-    noisy = write_world(tmp_path / "noisy", scenes=SCENES, seed=7, test_questions=QUESTIONS, noise=0.3)
+def test_noise_makes_that_share_of_answers_wrong_and_nothing_else(world: Path, tmp_path: Path) -> None:
+    write_world(noisy := tmp_path / "noisy", WorldConfig(scenes=SCENES, seed=7, test_questions=QUESTIONS, noise=0.3))
     for name in ("pretrain", "text", "val", "test"):
         assert rows_of(noisy, name) == rows_of(world, name)
     told = zip(rows_of(world, "instruct"), rows_of(noisy, "instruct"), strict=True)
@@ -273,7 +278,7 @@ def test_noise_makes_that_share_of_answers_wrong_and_nothing_else(world: WorldSu
 @pytest.mark.parametrize("noise", [-0.1, 1.0])
 def test_a_noise_that_is_no_share_is_refused(tmp_path: Path, noise: float) -> None:
     with pytest.raises(ValueError, match=f"got noise={noise}, expected a share"):
-        write_world(tmp_path / "new", scenes=1, seed=0, noise=noise)
+        write_world(tmp_path / "new", WorldConfig(scenes=1, noise=noise))
     assert not (tmp_path / "new").exists()
 
 
@@ -282,14 +287,15 @@ def test_bad_places_and_numbers_are_refused_before_anything_is_written(tmp_path:
     (tmp_path / "full" / "precious.txt").write_text("keep")
     for place in ("full", "full/precious.txt"):
         with pytest.raises(ValueError, match="expected a new or empty folder"):
-            write_world(tmp_path / place, scenes=1, seed=0)
+            write_world(tmp_path / place, WorldConfig(scenes=1))
     assert contents(tmp_path) == {"full/precious.txt": b"keep"}
     good: dict[str, Any] = {"scenes": 1, "seed": 0, "test_questions": 2, "workers": 1}
     for name, least in good.items():
+        workers = (wrong := {**good, name: least - 1}).pop("workers")
         with pytest.raises(ValueError, match=f"got {name}={least - 1}, expected at least {least}"):
-            write_world(tmp_path / "new", **{**good, name: least - 1})
+            write_world(tmp_path / "new", WorldConfig(**wrong), workers=workers)
     assert not (tmp_path / "new").exists()
 
 
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
-    assert write_world(tmp_path, scenes=1, seed=0, test_questions=2).rows["pretrain"] == 1
+    assert write_world(tmp_path, WorldConfig(scenes=1, test_questions=2))[1]["pretrain"] == 1

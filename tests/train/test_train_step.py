@@ -16,7 +16,7 @@ from llavakd.losses.objective import Counts
 from llavakd.models.alignment import align
 from llavakd.models.student import build_student, load_teacher, vision_features
 from llavakd.train.loop import micro_batch_size, total_steps
-from llavakd.train.step import NonFiniteError, StudentModule, TrainState, build_optimizer, train_step
+from llavakd.train.step import NonFiniteError, StudentModule, TrainState, build_optimizer, check_finite, train_step
 
 STAGE = StageConfig(
     name="dft",
@@ -241,18 +241,17 @@ def test_the_reported_norm_is_the_gradient_before_clipping_and_clipping_holds(st
     assert float(grads[0].norm()) == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_a_gradient_that_is_not_finite_raises_before_anything_is_updated(state, tiny):
+def test_the_first_gradient_that_is_not_finite_is_named_with_its_rows(state, tiny):
+    batch = batch_of(tiny, state.student, pictures={1})
+    fine = train_step(state, [batch], step=16)
+    check_finite([fine], STAGE)
     with torch.no_grad():
         state.student.model.model.multi_modal_projector.linear_2.weight[0, 0] = torch.inf
-    before = {name: p.detach().clone() for name, p in state.student.model.named_parameters()}
-    batch = batch_of(tiny, state.student, pictures={1})
+    lost = [train_step(state, [batch], step=step) for step in (17, 18)]
     with pytest.raises(NonFiniteError) as error:
-        train_step(state, [batch], step=17)
+        check_finite([fine, *lost], STAGE)
     assert "stage dft, step 17" in str(error.value)
     assert all(name in str(error.value) for name in batch.sample_ids)
-    for name, parameter in state.student.model.named_parameters():
-        assert torch.equal(parameter, before[name]), name
-    assert not state.optimizer.state
 
 
 @pytest.mark.parametrize("train", [("projector",), ("projector", "language_model"), ("vision_tower", "projector")])

@@ -1,4 +1,4 @@
-"""`Sample` -> token ids, labels and segments, all written in one pass while the text is laid out."""
+"""`Sample` -> token ids and segments, both written in one pass while the text is laid out."""
 
 import itertools
 from collections.abc import Sequence
@@ -11,8 +11,6 @@ from transformers import PreTrainedTokenizerBase
 
 from llavakd.data.samples import IMAGE_TAG, DataError, Sample, Turn
 
-IGNORE_INDEX = -100
-
 
 class Segment(IntEnum):
     """What a position of a row is."""
@@ -21,6 +19,9 @@ class Segment(IntEnum):
     VISUAL = 1
     PROMPT = 2
     RESPONSE = 3
+
+
+Piece = tuple[str, Segment, list[int]]  # of a row: its text, what it is, and the text's ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +44,15 @@ class Template:
 
 @dataclass(frozen=True, kw_only=True)
 class Rendered:
-    """One row: `labels[i]` is `ids[i]` where supervised, else -100; `segments[i]` is a Segment."""
+    """One row: `segments[i]` is the Segment of `ids[i]`; what is supervised is RESPONSE."""
 
     ids: list[int]
-    labels: list[int]
     segments: list[int]
     truncated: bool = False
 
 
-TEMPLATES = {
-    name: Template(**fields)
-    for name, fields in yaml.safe_load(Path(__file__).with_name("templates.yaml").read_text(encoding="utf-8")).items()
-}
+_LAYOUTS = yaml.safe_load(Path(__file__).with_name("templates.yaml").read_text(encoding="utf-8"))
+TEMPLATES = {name: Template(**fields) for name, fields in _LAYOUTS.items()}
 
 
 @dataclass(eq=False)
@@ -77,8 +75,7 @@ class ChatRenderer:
     def render(self, sample: Sample) -> Rendered:
         """The whole conversation, cut on the right at `max_length`.
 
-        Raises:
-            DataError: nothing to supervise, a cut through a picture, or a picture tag inside an answer.
+        Raises DataError: nothing to supervise, a cut through a picture, or a picture tag inside an answer.
         """
         (row,) = self.render_each([sample])
         if isinstance(row, DataError):
@@ -87,25 +84,25 @@ class ChatRenderer:
 
     def render_each(self, samples: Sequence[Sample]) -> list[Rendered | DataError]:
         """What becomes of each row, with one call of the tokenizer, which is what costs."""
-        pieces = [self._pieces(sample.turns) for sample in samples]
-        encoded = iter(self._encode([text for row in pieces for text, _ in row]))
         found: list[Rendered | DataError] = []
-        for sample, row in zip(samples, pieces, strict=True):
-            ids = [next(encoded) for _ in row]
+        for sample, pieces in zip(samples, self._encode([sample.turns for sample in samples]), strict=True):
             try:
-                found.append(self._cut(self._lay_out(sample, row, ids), sample.id))
+                found.append(self._cut(self._lay_out(sample, pieces), sample.id))
             except DataError as error:
                 found.append(error)
         return found
 
     def render_prompt(self, sample: Sample) -> list[int]:
         """Ids up to where the last answer would start."""
-        pieces = self._pieces(sample.turns[:-1])
-        return self._lay_out(sample, pieces, self._encode([text for text, _ in pieces])).ids
+        return self._lay_out(sample, *self._encode([sample.turns[:-1]])).ids
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
+    def _encode(self, talks: Sequence[Sequence[Turn]]) -> list[list[Piece]]:
+        """The pieces of each talk with what the tokenizer makes of them."""
+        pieces = [self._pieces(turns) for turns in talks]
+        texts = [text for row in pieces for text, _ in row]
         options = {"add_special_tokens": False, "return_attention_mask": False}
-        return self.tokenizer(texts, **options).input_ids if texts else []  # it cannot take no text
+        encoded = iter(self.tokenizer(texts, **options).input_ids if texts else [])  # it cannot take no text
+        return [[(*piece, next(encoded)) for piece in row] for row in pieces]
 
     def _pieces(self, turns: Sequence[Turn]) -> list[tuple[str, Segment]]:
         """Text in order, whole wherever no label boundary lies; pictures are pieces of IMAGE_TAGs."""
@@ -123,23 +120,21 @@ class ChatRenderer:
         runs = itertools.groupby((piece for piece in pieces if piece[0]), key=lambda piece: piece[1])
         return [("".join(text for text, _ in run), kind) for kind, run in runs]
 
-    def _lay_out(self, sample: Sample, pieces: list[tuple[str, Segment]], encoded: list[list[int]]) -> Rendered:
-        """The row from its pieces and what the tokenizer made of each."""
+    def _lay_out(self, sample: Sample, pieces: list[Piece]) -> Rendered:
         if "{text}" not in self._form.question and (len(sample.turns) > 2 or not sample.turns[0].images):
             raise DataError(
                 f"row {sample.id!r}: the pretrain template is for a picture and its caption, got {len(sample.turns)} "
                 f"turns and {sample.turns[0].images} picture(s); use vicuna_v1 or chatml for this source"
             )
-        ids, labels, segments = list[int](), list[int](), list[int]()
-        for (text, kind), piece in zip([("", Segment.PROMPT), *pieces], [self._prefix, *encoded], strict=True):
+        ids, segments = list[int](), list[int]()
+        for text, kind, piece in [("", Segment.PROMPT, self._prefix), *pieces]:
             if kind == Segment.VISUAL:
                 piece = [self.image_token_id] * self.tokens_per_image * text.count(IMAGE_TAG)
             elif self.image_token_id in piece:
                 raise DataError(f"row {sample.id!r}: {IMAGE_TAG} inside an answer; remove it")
             ids += piece
-            labels += piece if kind == Segment.RESPONSE else [IGNORE_INDEX] * len(piece)
             segments += [int(kind)] * len(piece)
-        return Rendered(ids=ids, labels=labels, segments=segments)
+        return Rendered(ids=ids, segments=segments)
 
     def _cut(self, whole: Rendered, row: str) -> Rendered:
         limit, length = self.max_length, len(whole.ids)
@@ -147,10 +142,7 @@ class ChatRenderer:
             raise DataError(f"row {row!r}: {length} tokens, and max_length {limit} cuts through a picture; raise it")
         if Segment.RESPONSE not in whole.segments[:limit]:
             raise DataError(f"row {row!r}: no token to learn from within max_length {limit}; raise it or drop the row")
-        if length <= limit:
-            return whole
-        ids, labels, segments = whole.ids[:limit], whole.labels[:limit], whole.segments[:limit]
-        return Rendered(ids=ids, labels=labels, segments=segments, truncated=True)
+        return Rendered(ids=whole.ids[:limit], segments=whole.segments[:limit], truncated=length > limit)
 
 
 def end_token_id(template: str, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -160,8 +152,5 @@ def end_token_id(template: str, tokenizer: PreTrainedTokenizerBase) -> int:
         raise DataError(f"template {template} ends answers with the end-of-sequence token, and the tokenizer has none")
     ids = [tokenizer.eos_token_id] if text is None else tokenizer(text, add_special_tokens=False).input_ids
     if len(ids) != 1:
-        raise DataError(
-            f"template {template} needs {text!r} as one token, the tokenizer makes {len(ids)} of it; "
-            "choose another template or tokenizer"
-        )
+        raise DataError(f"{template} needs {text!r} as one token, the tokenizer makes {len(ids)}; use another template")
     return ids[0]

@@ -4,37 +4,25 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, get_worker_info
 
 from llavakd.config import DataConfig
 from llavakd.data.chat import ChatRenderer, Segment
 from llavakd.data.files import DataError, is_table
 from llavakd.data.pictures import read_image
-from llavakd.data.samples import Sample, Samples, load_samples
+from llavakd.data.samples import Sample, load_samples
 
 HARMLESS = ("truncated", "duplicate")  # kinds of finding with which a row still trains
 _CHUNK = 256
 _SEGMENTS = (Segment.VISUAL, Segment.PROMPT, Segment.RESPONSE)
-
-
-class Reader(NamedTuple):
-    """How one model reads a row: its template and tokenizer, and its picture processor."""
-
-    renderer: ChatRenderer
-    image_processor: Any
-
-
-class Look(NamedTuple):
-    """What is seen of a row: a digest of what it says, its tokens by segment once if it renders, what is wrong by kind."""
-
-    digest: int
-    tokens: list[list[int]]
-    wrong: dict[str, str]
+Reader = tuple[ChatRenderer, Any]  # how one model reads a row: template and tokenizer, and its picture processor
+# What is seen of a row: a digest of what it says, its tokens by segment once if it renders, what is wrong by kind.
+Look = tuple[bytes, list[list[int]], dict[str, str]]
 
 
 def check_source(
@@ -46,44 +34,40 @@ def check_source(
     clean: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Look at every row of one source.
+    """Look at every row of one source as all `readers` would read it; without any only rows and pictures are looked at.
 
-    Args:
-        data: the source.
-        readers: the models that are to read it; without any only rows and pictures are looked at.
-        fast: pictures only have to be there; else they are decoded, and each size goes through every processor once.
-        workers: processes; default one a core.
-        clean: where a JSON list of the rows that train, each once, is written.
-        progress: called with (rows done, rows in all).
-
-    Returns:
-        `rows`; `unusable`, how many of them; `findings` (dicts of row, kind, message; kind is row, text, picture or one of
-        HARMLESS); `text_only`, a share of the good rows; `tokens` by segment (mean, median, 95 %, largest).
-
-    Raises:
-        DataError: the file as a whole cannot be read, or a clean copy of a table is asked for.
+    `fast`: pictures only have to be there; else they are decoded, and each size goes through every processor once.
+    `workers`: processes, default one a core; `clean`: where a JSON list of the rows that train, each once, is written;
+    `progress` gets (rows done, rows in all). Returns `rows`; `unusable`, how many of them; `findings` (dicts of row,
+    kind, message; kind is row, text, picture or one of HARMLESS); `text_only`, a share of the good rows; `tokens` by
+    segment (mean, median, 95 %, largest). Raises DataError where the file as a whole cannot be read, or a clean copy of
+    a table is asked for.
     """
     if clean is not None and is_table(Path(data.path)):
         raise DataError(f"{data.path} is a table, and only JSON can be written clean; filter it with `datasets`")
     samples = load_samples(data, max_bad_rows=1.0, find_pictures=True)
     rows = (mistake.partition(": ") for mistake in samples.mistakes)
     findings = [{"row": row, "kind": "row", "message": message} for row, _, message in rows]
-    first: dict[int, int] = {}  # the first row of each digest
+    first: dict[bytes, int] = {}  # the first row of each digest
     tokens: list[list[int]] = []
     good: list[int] = []
     done, workers = 0, min(workers or os.cpu_count() or 1, len(samples) // _CHUNK + 1)
-    options: dict[str, Any] = {"num_workers": workers if workers > 1 else 0, "worker_init_fn": _alone}
-    for looks in DataLoader(_Looks(samples, data, readers, fast), batch_size=_CHUNK, collate_fn=list, **options):
-        for index, look in enumerate(looks, done):
-            if (same := first.setdefault(look.digest, index)) != index:
-                look.wrong["duplicate"] = f"the same as row {samples[same].id!r}"
-            for kind, message in sorted(look.wrong.items()):
-                findings.append({"row": samples[index].id, "kind": kind, "message": message})
-            tokens += look.tokens
-            good += [index] if look.wrong.keys() <= {"truncated"} else []
+    options: dict[str, Any] = {"dataset": samples, "num_workers": workers if workers > 1 else 0}
+    look_at = partial(_look_at, data, readers, fast, set())
+    for looks in DataLoader(**options, batch_size=_CHUNK, collate_fn=look_at):
+        for index, (digest, counts, wrong) in enumerate(looks, done):
+            if (same := first.setdefault(digest, index)) != index:
+                wrong["duplicate"] = f"the same as row {samples[same].id!r}"
+            findings += [{"row": samples[index].id, "kind": kind, "message": wrong[kind]} for kind in sorted(wrong)]
+            tokens += counts
+            good += [index] if wrong.keys() <= {"truncated"} else []
         progress(done := done + len(looks), len(samples))
     if clean is not None:
-        _write_clean(samples, good, clean)
+        with clean.open("w", encoding="utf-8") as file:
+            for number, index in enumerate(good):
+                file.write(",\n" if number else "[\n")
+                json.dump(samples.raw(index), file, ensure_ascii=False)
+            file.write("\n]\n" if good else "[]\n")
     return {
         "rows": samples.rows,
         "unusable": len({finding["row"] for finding in findings if finding["kind"] not in HARMLESS}),
@@ -93,65 +77,37 @@ def check_source(
     }
 
 
-@dataclass(frozen=True)
-class _Looks(Dataset[Look]):
-    """The rows of a source as they are seen."""
-
-    samples: Samples
-    data: DataConfig
-    readers: Sequence[Reader]
-    fast: bool
-    sizes: set[tuple[int, int]] = field(default_factory=set)  # of the pictures that the processors took
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Look]:
-        chunk = [self.samples[index] for index in indices]
-        looks = [Look(_digest(sample), [], {}) for sample in chunk]
-        for reader in self.readers:
-            for look, text in zip(looks, reader.renderer.render_each(chunk), strict=True):
-                if isinstance(text, DataError):
-                    look.wrong["text"] = str(text)
-                elif reader is self.readers[0]:
-                    look.tokens.append([text.segments.count(segment) for segment in _SEGMENTS])
-                    if text.truncated:
-                        look.wrong["truncated"] = f"cut at max_length {self.data.max_length}"
-        for look, sample in zip(looks, chunk, strict=True) if not self.fast else ():
-            try:
-                pictures = [read_image(self.data, name) for name in sample.images]
-            except DataError as error:
-                look.wrong["picture"] = str(error)
-                continue
-            new = {picture.size: picture for picture in pictures if picture.size not in self.sizes}
-            for reader in self.readers if new else ():  # whether it can take a picture depends on nothing else
-                reader.image_processor(images=[*new.values()], return_tensors="pt")
-            self.sizes.update(new)
-        return looks
-
-
-def _alone(worker: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken by other workers
-
-
-def _digest(sample: Sample) -> int:
-    text = repr((sample.images, [(turn.role, turn.text) for turn in sample.turns]))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+def _look_at(
+    data: DataConfig, readers: Sequence[Reader], fast: bool, sizes: set[tuple[int, int]], chunk: Sequence[Sample]
+) -> list[Look]:
+    """What is seen of some rows; `sizes`, those of the pictures that the processors took, grows from call to call."""
+    if get_worker_info():
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken by other workers
+    said = [repr((sample.images, [(turn.role, turn.text) for turn in sample.turns])) for sample in chunk]
+    looks: list[Look] = [(hashlib.blake2b(text.encode(), digest_size=8).digest(), [], {}) for text in said]
+    for number, (renderer, _) in enumerate(readers):
+        for (_, tokens, wrong), text in zip(looks, renderer.render_each(chunk), strict=True):
+            if isinstance(text, DataError):
+                wrong["text"] = str(text)
+            elif number == 0:
+                tokens.append([text.segments.count(segment) for segment in _SEGMENTS])
+                if text.truncated:
+                    wrong["truncated"] = f"cut at max_length {data.max_length}"
+    for (*_, wrong), sample in zip(looks, chunk, strict=True) if not fast else ():
+        try:
+            pictures = [read_image(data, name) for name in sample.images]
+        except DataError as error:
+            wrong["picture"] = str(error)
+            continue
+        new = {picture.size: picture for picture in pictures if picture.size not in sizes}
+        for _, processor in readers if new else ():  # whether it can take a picture depends on nothing else
+            processor(images=[*new.values()], return_tensors="pt")
+        sizes.update(new)
+    return looks
 
 
 def _histogram(tokens: np.ndarray) -> dict[str, dict[str, float]]:
-    columns = {"mean": tokens.mean(0), "median": np.median(tokens, 0)}
-    columns |= {"95 %": np.percentile(tokens, 95, 0), "largest": tokens.max(0)}
-    return {
-        segment.name.lower(): {label: float(values[index]) for label, values in columns.items()}
-        for index, segment in enumerate(_SEGMENTS)
-    }
-
-
-def _write_clean(samples: Samples, indices: Sequence[int], path: Path) -> None:
-    """A JSON list of these rows as they stand in the file."""
-    with path.open("w", encoding="utf-8") as file:
-        for number, index in enumerate(indices):
-            file.write(",\n" if number else "[\n")
-            json.dump(samples.raw(index), file, ensure_ascii=False)
-        file.write("\n]\n" if indices else "[]\n")
+    labels = ("mean", "median", "95 %", "largest")
+    columns = np.stack([tokens.mean(0), *np.percentile(tokens, [50, 95, 100], axis=0)], axis=1).tolist()
+    named = zip([segment.name.lower() for segment in _SEGMENTS], columns, strict=True)
+    return {name: dict(zip(labels, column, strict=True)) for name, column in named}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -13,10 +13,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from llavakd.config import DataConfig
-from llavakd.data.chat import IGNORE_INDEX, ChatRenderer, Rendered, Segment
+from llavakd.data.chat import ChatRenderer, Rendered, Segment
 from llavakd.data.files import DataError
 from llavakd.data.pictures import FeatureStore, load_pixels
 from llavakd.data.samples import Sample, word_lengths
+from llavakd.losses.rows import IGNORE_INDEX
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,7 @@ class Batch:
     features: the frozen tower's output [P, N, D_v], or None.
     teacher_pixel_values: the same pictures through the teacher's own processor, or None where it shares the student's.
     position_ids: int64 [1, T] of a pack, from 0 in each of its rows; None where rows are padded.
+    mistakes: what is wrong with the rows that could not be used; a single unsupervised token stands for each.
     """
 
     input_ids: Tensor
@@ -41,22 +43,14 @@ class Batch:
     features: Tensor | None = None
     teacher_pixel_values: Tensor | None = None
     position_ids: Tensor | None = None
-    sample_ids: tuple[str, ...] = ()
+    sample_ids: Sequence[str] = ()
     truncated: int = 0
-    mistakes: tuple[str, ...] = ()
-    """What is wrong with the rows that could not be used; a single unsupervised token stands for each."""
-
-    def to(self, device: torch.device) -> Self:
-        """The same batch with its tensors on `device`."""
-        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+    mistakes: Sequence[str] = ()
 
     def pin_memory(self) -> Self:
-        """Page-locked copy, for the data loader."""
-        return self._with_tensors(Tensor.pin_memory)
-
-    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
-        moved: dict[str, Any] = {name: change(held) for name, held in vars(self).items() if isinstance(held, Tensor)}
-        return dataclasses.replace(self, **moved)
+        """Page-locked copy, for the data loader; no tuple, which wrappers of the student would move to the device."""
+        held: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **{name: value.pin_memory() for name, value in held.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +82,8 @@ class RowDataset(Dataset[Row]):
     def __init__(
         self, sources: Sequence[Source], *, image_processor: Any, teacher_processor: Any = None, seed: int = 0
     ) -> None:
-        self.sources, self.image_processor, self.teacher_processor = sources, image_processor, teacher_processor
+        processors = {"pixels": image_processor, "teacher_pixels": teacher_processor}
+        self.sources, self.processors = sources, {name: one for name, one in processors.items() if one is not None}
         drawn = [_drawn(len(source.samples), source.weight, seed) for source in sources]
         self._places = np.stack([np.repeat(np.arange(len(sources)), [*map(len, drawn)]), np.concatenate(drawn)], axis=1)
         lengths = [word_lengths(source.samples)[rows] for source, rows in zip(sources, drawn, strict=True)]
@@ -119,12 +114,10 @@ class RowDataset(Dataset[Row]):
             if sample.images and source.store is not None:
                 pictures["features"] = source.store.get(sample.images)
             elif sample.images:
-                processors = {"pixels": self.image_processor, "teacher_pixels": self.teacher_processor}
-                for name, processor in processors.items():
-                    if processor is not None:
-                        pictures[name] = load_pixels(source.data, sample.images, processor)
+                for name, processor in self.processors.items():
+                    pictures[name] = load_pixels(source.data, sample.images, processor)
         except DataError as error:
-            nothing = Rendered(ids=[source.renderer.end_token_id], labels=[IGNORE_INDEX], segments=[Segment.PROMPT])
+            nothing = Rendered(ids=[source.renderer.end_token_id], segments=[Segment.PROMPT])
             return Row(id=sample.id, text=nothing, mistake=f"row {sample.id!r} left out: {error}")
         return Row(id=sample.id, text=text, **pictures)
 
@@ -160,12 +153,13 @@ def collate(rows: Sequence[Row], *, pad_token_id: int, packed: bool = False) -> 
         held = [getattr(row, part) for row in rows if getattr(row, part) is not None]
         return torch.cat(held) if held else None
 
+    input_ids = laid([row.text.ids for row in rows], pad_token_id)
     segments = laid([row.text.segments for row in rows], Segment.PADDING, torch.uint8)
     owners = [i for i, row in enumerate(rows) for held in (row.pixels, row.features) if held is not None for _ in held]
     return Batch(
-        input_ids=laid([row.text.ids for row in rows], pad_token_id),
+        input_ids=input_ids,
         attention_mask=(segments != Segment.PADDING).long(),
-        labels=laid([row.text.labels for row in rows], IGNORE_INDEX),
+        labels=input_ids.where(segments == Segment.RESPONSE, IGNORE_INDEX),
         segments=segments,
         image_rows=torch.tensor(owners, dtype=torch.int64),
         pixel_values=joined("pixels"),

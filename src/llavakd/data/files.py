@@ -2,7 +2,6 @@
 
 import codecs
 import json
-import os
 import re
 from collections.abc import Iterator
 from functools import lru_cache
@@ -12,7 +11,7 @@ from typing import Any, BinaryIO
 from llavakd.errors import UserError
 
 _BLOCK = 2**22  # bytes read at a time
-_SPACE = re.compile(r"\s*")
+_MARK = re.compile(r"[ \t\r\n]*([\[,\]]?)[ \t\r\n]*")  # what stands in front of a row
 _EXPECTED = "expected a list of rows with id, image, conversations"
 
 
@@ -23,8 +22,7 @@ class DataError(UserError):
 def scan(path: Path) -> Iterator[tuple[tuple[int, int], Any]]:
     """((where, how long), row) of every row in order, holding a few of them at a time.
 
-    Raises:
-        DataError: an unreadable file, or one that is neither a list nor lines of JSON nor a table.
+    Raises DataError: an unreadable file, or one that is neither a list nor lines of JSON nor a table.
     """
     if is_table(path):
         yield from (((index, 1), row_at(path, (index, 1))) for index in range(len(_table(str(path)))))
@@ -42,7 +40,9 @@ def row_at(path: Path, place: tuple[int, int]) -> Any:
     """The row that `scan` found at this place; pictures inside a table become the names `@ROW/NUMBER`."""
     start, size = place
     if not is_table(path):
-        return json.loads(os.pread(_descriptor(str(path), os.getpid()), size, start))
+        with path.open("rb") as file:
+            file.seek(start)
+            return json.loads(file.read(size))
     row = _table(str(path))[start].to_pylist()[0]
     names = [f"@{start}/{n}" if held.get("bytes") else held.get("path") for n, held in enumerate(_pictures(row))]
     return row | {"image": names, "images": None}
@@ -77,48 +77,32 @@ def _scan_lines(file: BinaryIO) -> Iterator[tuple[tuple[int, int], Any]]:
 def _scan_list(file: BinaryIO, path: Path) -> Iterator[tuple[tuple[int, int], Any]]:
     """Elements of a JSON list, of which a part stands in memory; an element cut by the part's end is tried again."""
     decode, read = json.JSONDecoder().raw_decode, codecs.getincrementaldecoder("utf-8")().decode
-    _open_list(file, path)
-    text, position, offset, rows = "", 0, file.tell(), 0
+    text, position, offset, rows = "", 0, 0, 0
     while True:
-        first = _past_space(text, position)
-        if text[first : first + 1] == "]":
+        before = _MARK.match(text, position)
+        assert before is not None, "the expression matches nothing, too"
+        first = before.end()
+        if rows and before[1] == "]":
             break
-        if rows and first < len(text):
-            if text[first] != ",":
-                raise DataError(f"{path} is not JSON (no comma before row {rows}, after byte {offset}); {_EXPECTED}")
-            first = _past_space(text, first + 1)
+        if first < len(text) and before[1] != ("," if rows else "["):
+            reason = f"is not JSON (no comma before row {rows}, after byte {offset})" if rows else "holds no list"
+            raise DataError(f"{path} {reason}; {_EXPECTED}")
         try:
             row, end = decode(text, first)
         except json.JSONDecodeError as error:
             block = file.read(_BLOCK)
             if not block:
-                raise DataError(f"{path} is not JSON ({error.msg} in row {rows}, after byte {offset})") from error
+                reason = f"is not JSON ({error.msg} in row {rows}, after byte {offset})"
+                empty = not rows and text[first:].strip() == "]"
+                raise DataError(f"{path} {'holds an empty list' if empty else reason}; {_EXPECTED}") from error
             text, position = text[position:] + read(block, len(block) < _BLOCK), 0
             continue
         offset += first - position
         size = end - first if text.isascii() else len(text[first:end].encode())
         yield (offset, size), row
         rows, offset, position = rows + 1, offset + size, end
-    if (text[first + 1 :] + file.read().decode()).strip():
+    if text[first:] or file.read().strip():
         raise DataError(f"{path} is not JSON (something follows the list's end, after byte {offset}); {_EXPECTED}")
-    if not rows:
-        raise DataError(f"{path} holds an empty list; {_EXPECTED}")
-
-
-def _open_list(file: BinaryIO, path: Path) -> None:
-    while (opening := file.read(1)).isspace():
-        pass
-    if opening != b"[":
-        raise DataError(f"{path} holds a {type(json.loads(opening + file.read())).__name__}; {_EXPECTED}")
-
-
-def _past_space(text: str, position: int) -> int:
-    return _SPACE.match(text, position).end()  # type: ignore[union-attr]  # it matches nothing, too
-
-
-@lru_cache(maxsize=16)
-def _descriptor(path: str, pid: int) -> int:
-    return os.open(path, os.O_RDONLY)  # one a process: forked workers must not share what may be closed
 
 
 @lru_cache(maxsize=16)

@@ -15,8 +15,9 @@ from llavakd.data.files import DataError, row_at, scan
 from llavakd.data.pictures import has_picture
 
 IMAGE_TAG = "<image>"
-_SPEAKERS = {"user": "human", "assistant": "gpt"}
-_ROLES: dict[str, Literal["user", "assistant"]] = {"human": "user", "gpt": "assistant"}
+_ROLES: tuple[Literal["user"], Literal["assistant"]] = ("user", "assistant")
+# How a row's turns name their speaker and text, and who speaks, in the order of _ROLES.
+_FORMS = {"conversations": ("from", "value", ("human", "gpt")), "messages": ("role", "content", _ROLES)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +76,7 @@ def load_samples(data: DataConfig, max_bad_rows: float = 0.0, *, find_pictures: 
 
     A row is LLaVA's (id, image, conversations, optional type and answers) or has `messages` and `images`.
 
-    Raises:
-        DataError: an unreadable or malformed file; more than this share of wrong rows (the first are named).
+    Raises DataError: an unreadable or malformed file; more than this share of wrong rows (the first are named).
     """
     path, rows, mistakes, pictures = Path(data.path), 0, [], False
     places, lengths = array("Q"), array("i")
@@ -131,8 +131,7 @@ def parse_row(row: Any, place: str) -> Sample:
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise DataError(f"{place}: `image` {name!r} leaves the picture folder; use a path inside it")
-    messages = row.get("messages")
-    turns = _parse_turns(row.get("conversations") if messages is None else _as_conversations(messages, place), place)
+    turns = _parse_turns(row, place)
     tags = sum(turn.images for turn in turns)
     if tags != len(names):
         raise DataError(f"{place}: {len(names)} picture(s) but {tags} {IMAGE_TAG} tag(s) in human turns; pair them up")
@@ -143,20 +142,24 @@ def parse_row(row: Any, place: str) -> Sample:
     return Sample(id=str(row.get("id", place)), images=tuple(names), turns=turns, type=kind, answers=tuple(answers))
 
 
-def _parse_turns(conversations: Any, place: str) -> tuple[Turn, ...]:
-    if not isinstance(conversations, list) or not conversations:
-        raise DataError(f"{place}: no `conversations`; expected a list of {{from: human|gpt, value: text}}")
+def _parse_turns(row: dict[str, Any], place: str) -> tuple[Turn, ...]:
+    form = "conversations" if row.get("messages") is None else "messages"
+    who, what, speakers = _FORMS[form]
+    entries, expected = row.get(form), f"{{{who}: {'|'.join(speakers)}, {what}: text}}"
+    if not isinstance(entries, list) or not entries:
+        raise DataError(f"{place}: `{form}` is {entries!r}, expected a list of {expected}")
     turns: list[Turn] = []
-    for number, entry in enumerate(conversations):
-        source = entry.get("from") if isinstance(entry, dict) else None
-        text = entry.get("value") if isinstance(entry, dict) else None
-        if not isinstance(source, str) or source not in _ROLES or not isinstance(text, str):
-            raise DataError(f"{place}: turn {number} is {entry!r}; expected {{from: human|gpt, value: text}}")
-        role = _ROLES[source]
+    for number, entry in enumerate(entries):
+        speaker, text = (entry.get(who), entry.get(what)) if isinstance(entry, dict) else (None, None)
+        if form == "messages" and isinstance(text, list):
+            text = "".join(_part_text(part, place) for part in text)
+        if speaker not in speakers or not isinstance(text, str):
+            raise DataError(f"{place}: turn {number} is {entry!r}; expected {expected}")
+        role = _ROLES[speakers.index(speaker)]
         if not turns and role == "assistant":
             continue  # LLaVA drops a leading answer that has no question
-        if role != ("user", "assistant")[len(turns) % 2]:
-            raise DataError(f"{place}: turn {number} is from {source!r} twice in a row; human and gpt must alternate")
+        if role != _ROLES[len(turns) % 2]:
+            raise DataError(f"{place}: turn {number} is from {speaker!r} twice in a row; speakers must alternate")
         # Tags move to the front of their turn, as in LLaVA's preprocessing.
         count = text.count(IMAGE_TAG) if role == "user" else 0
         text = text.replace(IMAGE_TAG, "").strip() if role == "user" else text.strip()
@@ -164,21 +167,8 @@ def _parse_turns(conversations: Any, place: str) -> tuple[Turn, ...]:
             raise DataError(f"{place}: turn {number}, the answer, is empty; write one or remove the row")
         turns.append(Turn(role=role, text=text, images=count))
     if len(turns) < 2 or len(turns) % 2:
-        raise DataError(f"{place}: the last human turn has no answer; every human turn needs a gpt turn after it")
+        raise DataError(f"{place}: the last question has no answer; a turn of {speakers[1]} must follow it")
     return tuple(turns)
-
-
-def _as_conversations(messages: Any, place: str) -> list[Any]:
-    """Chat messages (role, content as text or as parts) in LLaVA's form."""
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise DataError(f"{place}: `messages` is {messages!r}, expected a list of {{role: user|assistant, content}}")
-    found = []
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, list):
-            content = "".join(_part_text(part, place) for part in content)
-        found.append({"from": _SPEAKERS.get(message.get("role"), message.get("role")), "value": content})
-    return found
 
 
 def _part_text(part: Any, place: str) -> str:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llavakd.config import DataConfig, EvaluationConfig
-from llavakd.data.chat import IGNORE_INDEX, Rendered, Segment
+from llavakd.data.chat import Rendered, Segment
 from llavakd.data.pictures import load_pixels
 from llavakd.data.samples import Sample
 from llavakd.evaluate.scoring import METRICS, Answer, score
@@ -20,8 +20,6 @@ from llavakd.losses.rows import rows_at_once
 from llavakd.models.alignment import align
 from llavakd.models.student import VisionLanguageModel, final_hidden, vision_features
 from llavakd.progress import bar
-
-__all__ = ["compare_segments", "evaluate_model", "generate_answers", "score"]
 
 _COMPARED_ROWS = 256  # at most, spread evenly over the file
 
@@ -43,8 +41,7 @@ def evaluate_model(
     metric = METRICS[evaluation.metric]
     for sample in samples:  # refuses a truth that the metric cannot read before anything is answered
         metric(Answer(sample=sample, prediction=""))
-    sizes: dict[str, Any] = {"batch_size": evaluation.batch_size, "max_new_tokens": evaluation.max_new_tokens}
-    answers = generate_answers(model, samples, data, **sizes, label=f"evaluate {name}")
+    answers = generate_answers(model, samples, data, evaluation, f"evaluate {name}")
     (place := folder / name).mkdir(parents=True, exist_ok=True)
     with (place / "predictions.jsonl").open("w", encoding="utf-8") as file:
         for answer in answers:
@@ -68,16 +65,9 @@ def evaluate_model(
 
 
 def generate_answers(
-    model: VisionLanguageModel,
-    samples: Sequence[Sample],
-    data: DataConfig,
-    *,
-    batch_size: int,
-    max_new_tokens: int,
-    label: str,
-    shown: bool = True,
+    model: VisionLanguageModel, samples: Sequence[Sample], data: DataConfig, evaluation: EvaluationConfig, label: str
 ) -> list[Answer]:
-    """Answer the last question of each sample, greedily, in the samples' order."""
+    """Answer the last question of each sample, greedily, in the samples' order; without a label no bar is shown."""
     renderer = model.renderer(data)
     prompts = [renderer.render_prompt(sample) for sample in samples]
     order = sorted(range(len(samples)), key=lambda index: -len(prompts[index]))
@@ -85,16 +75,15 @@ def generate_answers(
     training, device, tokenizer = model.model.training, model.model.device, model.tokenizer
     ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": renderer.end_token_id}
     model.model.eval()
-    with bar(label, len(samples), shown=shown) as advance:
-        for start in range(0, len(order), batch_size):
-            chunk = order[start : start + batch_size]
+    with bar(label, len(samples), shown=bool(label)) as advance:
+        for start in range(0, len(order), evaluation.batch_size):
+            chunk = order[start : start + evaluation.batch_size]
             # Generation appends on the right, so prompts are padded on the left.
             ids = {"input_ids": [prompts[index] for index in chunk]}
             inputs = tokenizer.pad(ids, padding_side="left", return_attention_mask=True, return_tensors="pt").to(device)
             if names := [name for index in chunk for name in samples[index].images]:
-                pixels = load_pixels(data, names, model.image_processor)
-                inputs["pixel_values"] = pixels.to(device, model.model.dtype)
-            output = model.model.generate(**inputs, **ends, do_sample=False, max_new_tokens=max_new_tokens)
+                inputs["pixel_values"] = load_pixels(data, names, model.image_processor).to(device, model.model.dtype)
+            output = model.model.generate(**inputs, **ends, do_sample=False, max_new_tokens=evaluation.max_new_tokens)
             texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             said |= zip(chunk, (text.strip() for text in texts), strict=True)
             advance(len(said))
@@ -117,9 +106,9 @@ def compare_segments(
     for index in range(count := min(_COMPARED_ROWS, len(samples))):
         sample = samples[index * len(samples) // count]
         text = renderer.render(sample)
-        labels, segments = torch.tensor([text.labels, text.segments])
+        segments = torch.tensor(text.segments)
         table = _distances([_hidden(model, text, sample, data) for model in (student, teacher)], heads)
-        found["response"].append(table[:-1][labels[1:] != IGNORE_INDEX])
+        found["response"].append(table[:-1][segments[1:] == Segment.RESPONSE])
         found["visual"].append(table[segments == Segment.VISUAL])
     names = ("kl", "agreement", "teacher_entropy")
     return {

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import json
 import sys
@@ -46,13 +47,13 @@ class Adapter(lmms):
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """One text a request, cut at its first stop word."""
-        batch_size, texts = self.evaluation.batch_size, list[str]()
+        at_once, texts = 8 * self.evaluation.batch_size, list[str]()  # requests whose pictures are in memory
         with bar("answer", len(requests)) as advance:
             for limit, group in itertools.groupby(requests, lambda request: request.args[1].get("max_new_tokens")):
-                sizes = {"batch_size": batch_size, "max_new_tokens": limit or self.evaluation.max_new_tokens}
-                while window := list(itertools.islice(group, 8 * batch_size)):  # whose pictures are in memory at once
+                sizes = dataclasses.replace(self.evaluation, max_new_tokens=limit or self.evaluation.max_new_tokens)
+                while window := list(itertools.islice(group, at_once)):
                     samples = [self._sample(*request.args) for request in window]
-                    answers = generate_answers(self.student, samples, self.data, **sizes, label="", shown=False)
+                    answers = generate_answers(self.student, samples, self.data, sizes, "")
                     texts += [answer.prediction for answer in answers]
                     advance(len(texts))
         for index, request in enumerate(requests):

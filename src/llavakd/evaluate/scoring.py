@@ -1,10 +1,9 @@
 """Answers -> numbers, by the rules of the benchmarks' official scripts."""
 
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, mode
 from typing import Any, NamedTuple
 
 import yaml
@@ -28,9 +27,9 @@ class Answer(NamedTuple):
         return self.sample.turns[-1].text
 
 
-def is_correct(prediction: str, truth: str) -> bool:
+def exact_match(answer: Answer) -> bool:
     """Exact match after folding case, outer white space and a final full stop."""
-    return _fold(prediction) == _fold(truth)
+    return _fold(answer.prediction) == _fold(answer.truth)
 
 
 def vqa_accuracy(answer: Answer) -> float:
@@ -54,7 +53,7 @@ def yes_no(answer: Answer) -> bool:
 
 
 METRICS: dict[str, Callable[[Answer], float]] = {
-    "exact_match": lambda answer: is_correct(answer.prediction, answer.truth),
+    "exact_match": exact_match,
     "vqa_accuracy": vqa_accuracy,
     "option_letter": option_letter,
     "yes_no": yes_no,
@@ -78,7 +77,7 @@ def score(answers: Sequence[Answer], metric: str = "exact_match") -> dict[str, A
 
 def majority_share(answers: Sequence[Answer], metric: str = "exact_match") -> float:
     """What saying the file's most frequent answer always would score."""
-    common = Counter(_fold(answer.truth) for answer in answers).most_common(1)[0][0]
+    common = mode(_fold(answer.truth) for answer in answers)
     said = next(answer.truth for answer in answers if _fold(answer.truth) == common)
     return fmean(METRICS[metric](answer._replace(prediction=said)) for answer in answers)
 

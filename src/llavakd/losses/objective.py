@@ -8,6 +8,7 @@ from torch import Tensor
 from llavakd.config import LossConfig
 from llavakd.losses.relation import relation_distance
 from llavakd.losses.rows import IGNORE_INDEX, distill_rows
+from llavakd.transfer import sent
 
 
 class Counts(NamedTuple):
@@ -52,6 +53,7 @@ def objective(
     reduction "token": every part is a mean over the global batch's response tokens, visual tokens or pictures.
     reduction "sample": a mean over all rows of the global batch of each row's own mean, which is what the released
     trainer computes at micro-batch 1; a row without a picture adds nothing to visual_kl and relation, yet counts.
+    On a GPU nothing waits for the device where labels, places and positions are given on the CPU.
 
     Args:
         student_hidden: final hidden states [B, T, D_s].
@@ -70,14 +72,16 @@ def objective(
     rows, supervised = _places(labels, position_ids)
     response, seen = supervised.nonzero(), visual.nonzero()  # (line, position that predicts)
     places = torch.cat([response, seen])
-    flat = places[:, 0] * labels.shape[1] + places[:, 1]
-    owners = rows.flatten()[flat]
+    flat, device = places[:, 0] * labels.shape[1] + places[:, 1], student_hidden.device
+    owners, chosen = rows.flatten()[flat], sent(flat, device)
     response_weight = _weights(owners[: len(response)], reduction, counts.samples, counts.response_tokens)
     visual_weight = _weights(owners[len(response) :], reduction, counts.samples, counts.visual_tokens)
+    student_hidden = student_hidden.flatten(0, 1).index_select(0, chosen)
+    teacher_hidden = None if teacher_hidden is None else teacher_hidden.flatten(0, 1).index_select(0, chosen)
     scored = distill_rows(
-        student_hidden.flatten(0, 1)[flat],
+        student_hidden,
         student_head,
-        None if teacher_hidden is None else teacher_hidden.flatten(0, 1)[flat],
+        teacher_hidden,
         teacher_head,
         torch.cat([labels[response[:, 0], response[:, 1] + 1], labels.new_full((len(seen),), IGNORE_INDEX)]),
         ce_weight=torch.cat([losses.ce * response_weight, torch.zeros_like(visual_weight)]),
@@ -87,16 +91,20 @@ def objective(
         temperature=losses.temperature,
         vocab_size=vocab_size,
     )
-    relation = torch.zeros((), device=student_hidden.device)
+    relation = torch.zeros((), device=device)
     if losses.relation and len(image_rows):
         assert teacher_hidden is not None, "the relation needs a teacher"
         assert teacher_head is not None, "the relation needs the teacher's head"
-        student, teacher = (one[visual].unflatten(0, (len(image_rows), -1)) for one in (student_hidden, teacher_hidden))
+        pictures = (
+            one[len(response) :].unflatten(0, (len(image_rows), -1)) for one in (student_hidden, teacher_hidden)
+        )
+        student, teacher = pictures
         how: dict[str, Any] = {"center": losses.relation_center, "row_normalize": losses.relation_row_normalize}
         relation = relation_distance(student, student_head, teacher, teacher_head, vocab_size=vocab_size, **how)
         if reduction == "sample":
-            relation = relation / torch.bincount(image_rows)[image_rows]
+            relation = relation / sent(torch.bincount(image_rows)[image_rows], device)
         relation = relation.sum() / (counts.samples if reduction == "sample" else counts.images)
+    response_weight, visual_weight = sent(response_weight, device), sent(visual_weight, device)
     parts = {
         "ce": (scored.ce_rows[: len(response)] * response_weight).sum(),
         "response_kl": (scored.kl_rows[: len(response)] * response_weight).sum(),

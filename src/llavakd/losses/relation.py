@@ -50,16 +50,17 @@ def relation_distance(
 
 def gram(hidden: Tensor, head: Tensor) -> Tensor:
     """Z Z^T of the logits Z = H W^T: [B, N, D], [V, D] -> float32 [B, N, N]."""
+    operands = _operands(hidden, head, len(head))
     with torch.autocast(hidden.device.type, enabled=False):
-        return _gram(hidden, _head_square(head, len(head), operand_dtype(hidden)))
+        return _gram(*operands)
 
 
 def _unit_gram(
     hidden: Tensor, head: Tensor, vocab_size: int, center: bool, row_normalize: bool, valid: Tensor | None
 ) -> Tensor:
     """`gram` of Frobenius norm one, [B, N, N]; arguments as `relation_distance`."""
+    hidden, square = _operands(hidden, head, vocab_size)
     with torch.autocast(hidden.device.type, enabled=False):
-        square = _head_square(head, vocab_size, operand_dtype(hidden))
         if valid is not None:
             hidden = hidden.where(valid.unsqueeze(-1), 0)
         if center:
@@ -73,6 +74,12 @@ def _unit_gram(
             matrix = matrix / (length.unsqueeze(-1) * length.unsqueeze(-2))
     norm = torch.linalg.matrix_norm(matrix, keepdim=True)
     return matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny)
+
+
+def _operands(hidden: Tensor, head: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Hidden states as narrow as their products are taken, and W^T W of the head."""
+    dtype = operand_dtype(hidden)
+    return hidden.to(dtype), _head_square(head, vocab_size, dtype)
 
 
 def _gram(hidden: Tensor, square: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from llavakd.losses.divergence import DIVERGENCES, resolve
 from llavakd.losses.products import accumulate, exact_dtype, gradient_dtype, operand_dtype, product
+from llavakd.transfer import sent
 
 IGNORE_INDEX = -100
-CHUNK_BYTES = {"cpu": 2**26, "cuda": 17 * 2**26}  # logits of one chunk, both models, and the gradients kept of some
-GRADIENT_CHUNKS = 3  # whose gradients go into one product: each adds to the whole head's gradient
+CHUNK_BYTES = {"cpu": 2**26, "cuda": 19 * 2**26}  # logits of one chunk, both models, and the gradients kept of some
+GRADIENT_CHUNKS = 4  # whose gradients go into one product: each adds to the whole head's gradient
 _TILE = 256  # rows of a product's tile on a Hopper GPU
 # Of a chunk: (student logits, where their gradient goes, ce_weight, kl_weight, labels, *given) -> (CE, divergence)
 Score = Callable[..., tuple[Tensor, Tensor]]
@@ -75,6 +76,7 @@ def distill_rows(
     (or autocast) multiply in that precision into float32 logits; softmax and divergence are float32 (float64 for
     float64 inputs) and the gradient is rounded once, before its two products. Gradients reach student_hidden and, when
     it requires one, student_head; never the teacher, never the weights. Backward once only: no second derivatives.
+    Labels and weights may lie on the CPU, all three of them; then nothing waits for the device.
 
     Args:
         student_hidden: [N, D_s]; row i is the position that predicts labels[i].
@@ -129,12 +131,13 @@ class Sweep(NamedTuple):
         labels, vocab_size = self.given[0], self.vocab_size
         live = (ce_weight != 0) & (labels != IGNORE_INDEX) | (kl_weight != 0)
         wrong = live & (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab_size))
-        count, mistakes = torch.stack([live.sum(), wrong.sum()]).tolist()  # one wait for the device
+        count, mistakes = torch.stack([live.sum(), wrong.sum()]).tolist()  # one wait, for the device of the labels
         if mistakes:
             raise ValueError(f"label {int(labels[wrong][0])} lies outside the {vocab_size} ids that count; use -100")
-        live = live.nonzero_static(size=count).squeeze(1)
-        run = partial(self._replace(given=[_at(rows, live) for rows in self.given]).run, live)
-        return RowLosses(*_ScoreRows.apply(hidden, head, ce_weight, kl_weight, run))
+        device = hidden.device
+        live = sent(live.nonzero_static(size=count).squeeze(1), device)
+        run = partial(self._replace(given=[_at(sent(rows, device), live) for rows in self.given]).run, live)
+        return RowLosses(*_ScoreRows.apply(hidden, head, sent(ce_weight, device), sent(kl_weight, device), run))
 
     def run(
         self, live: Tensor, hidden: Tensor, head: Tensor, ce_weight: Tensor, kl_weight: Tensor, wanted: Sequence[bool]

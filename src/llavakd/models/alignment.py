@@ -1,6 +1,7 @@
 """The contract of a teacher and student pair: shared ids, equal visual tokens, equal pixels, perhaps one tower."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -8,16 +9,13 @@ from transformers import PreTrainedTokenizerBase
 from llavakd.data.samples import IMAGE_TAG
 from llavakd.errors import UserError
 from llavakd.models.student import VisionLanguageModel
+from llavakd.templates import render
 
 # What decides the pixels that a tower sees, and which of its hidden states are taken.
 _PIXELS = (
     "size do_resize resample do_rescale rescale_factor do_normalize image_mean image_std do_center_crop crop_size do_pad"
 ).split()
 _SELECTION = ("vision_feature_layer", "vision_feature_select_strategy")
-
-
-class AlignmentError(UserError):
-    """Teacher and student cannot be compared position by position; the message says where they part."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,45 +35,32 @@ class Pair:
 
 
 def align(student: VisionLanguageModel, teacher: VisionLanguageModel) -> Pair:
-    """Check a pair; raises AlignmentError naming the first difference that matters."""
+    """Check a pair; raises UserError naming the first difference that matters."""
     if student.tokens_per_image != teacher.tokens_per_image:
-        raise AlignmentError(
+        raise UserError(
             f"visual tokens per picture: student {student.tokens_per_image}, teacher {teacher.tokens_per_image}; give both "
             "the same vision_feature_select_strategy and a tower of the same grid"
         )
-    rows = {"student": len(student.head), "teacher": len(teacher.head)}
-    vocab_size = shared_vocabulary(student.tokenizer, teacher.tokenizer, *rows.values())
+    head_rows = min(len(student.head), len(teacher.head))
+    vocab_size = shared_vocabulary(student.tokenizer, teacher.tokenizer, head_rows)
     ours, theirs = (model.image_processor.to_dict() for model in (student, teacher))
     differing = [key for key in _PIXELS if (ours.get(key) or None) != (theirs.get(key) or None)]
     shared = not differing and _same_tower(student, teacher)
-    dropped = ", ".join(f"{count - vocab_size} of the {side}'s {count}" for side, count in rows.items())
-    ends = [model.tokenizer.eos_token for model in (student, teacher)]
-    note = (
-        f"pair: {vocab_size} shared ids; head columns left out of every loss: {dropped}; "
-        f"{student.tokens_per_image} visual tokens per picture; "
-        f"vision tower {'shared, run once' if shared else 'not equal, each model runs its own'}"
-        + (f"; each model gets its own pixels (image processors differ in {', '.join(differing)})" if differing else "")
-        + (f"; end tokens differ: student {ends[0]!r}, teacher {ends[1]!r}" if ends[0] != ends[1] else "")
-    )
-    return Pair(vocab_size=vocab_size, shared_tower=shared, shared_pixels=not differing, note=note)
+    found: dict[str, Any] = {"vocab_size": vocab_size, "shared_tower": shared}
+    note = render("pair.jinja", student=student, teacher=teacher, differing=differing, **found)
+    return Pair(**found, shared_pixels=not differing, note=note)
 
 
-def shared_vocabulary(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, student_rows: int, teacher_rows: int
-) -> int:
-    """How many leading ids mean the same token to both; padded head rows do not count.
-
-    Raises:
-        AlignmentError: two different tokenizers, naming the first id that differs.
-    """
+def shared_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, head_rows: int) -> int:
+    """How many leading ids mean the same token to both; UserError where tokenizers differ, naming the first id."""
     ours = {index: token for token, index in student.get_vocab().items()}
     theirs = {index: token for token, index in teacher.get_vocab().items()}
-    shared = min(max(ours) + 1, max(theirs) + 1, student_rows, teacher_rows)
+    shared = min(max(ours) + 1, max(theirs) + 1, head_rows)
     for index in range(shared):
         left, right = ours.get(index), theirs.get(index)
         # The picture mark is never predicted, so its id may differ.
         if left != right and IMAGE_TAG not in (left, right):
-            raise AlignmentError(
+            raise UserError(
                 f"tokenizers differ: id {index} is {left!r} for the student and {right!r} for the teacher; "
                 "use a teacher and a student of one tokenizer"
             )

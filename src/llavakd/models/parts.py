@@ -78,10 +78,8 @@ def load_vision_tower(source: str, *, scratch: bool) -> nn.Module:
     config = load(AutoConfig, source)
     if config.model_type in FAMILIES and not scratch:
         return load(FAMILIES[config.model_type], source, dtype=torch.float32).model.vision_tower
-    config = tower_config(config, source)
-    if scratch:
-        return AutoModel.from_config(config, dtype=torch.float32)
-    return load(AutoModel, source, config=config, dtype=torch.float32)
+    options = {"config": tower_config(config, source), "dtype": torch.float32}
+    return AutoModel.from_config(**options) if scratch else load(AutoModel, source, **options)
 
 
 def load_language_model(source: str, *, scratch: bool) -> Any:
@@ -151,11 +149,7 @@ def add_image_token(tokenizer: Any, config: Any) -> None:
 
 
 def count_image_tokens(vision: Any, strategy: str, image_processor: Any = None) -> int:
-    """Tokens that a tower gives of one picture, of its own size or as this processor makes it.
-
-    Raises:
-        ModelError: pictures of a size that the tower cannot take.
-    """
+    """Tokens of one picture of the tower's own size or as the processor makes it; raises ModelError for a wrong size."""
     height = width = vision.image_size
     if image_processor:
         pixels = image_processor(images=[Image.new("RGB", (60, 40))], return_tensors="pt").pixel_values

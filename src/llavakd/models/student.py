@@ -19,6 +19,7 @@ from llavakd.data.chat import TEMPLATES, ChatRenderer, end_token_id
 from llavakd.data.samples import IMAGE_TAG
 from llavakd.models import parts
 from llavakd.models.parts import FAMILIES, PROJECTORS, ModelError
+from llavakd.transfer import sent
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -224,6 +225,8 @@ def final_hidden(
 ) -> Tensor:
     """Final hidden states [B, T, D], after the last norm: what `lm_head` turns into logits.
 
+    On a GPU nothing waits for the device where all but `features` are given on the CPU.
+
     Args:
         model: the LLaVA model.
         input_ids: int64 [B, T].
@@ -232,11 +235,20 @@ def final_hidden(
         features: [P, N, D_v] from `vision_features`, or None without pictures.
         position_ids: int64 [1, T] of a pack, from 0 in each of its rows, which then do not see one another.
     """
-    # The id at a picture position is only a mark; it may lie outside this model's vocabulary.
-    embedded = model.get_input_embeddings()(input_ids.masked_fill(visual, 0))
-    if features is not None:
-        projected = model.model.multi_modal_projector(features.to(embedded.dtype)).to(embedded.dtype)
-        embedded = embedded.masked_scatter(visual.unsqueeze(-1), projected)
+    device = model.device
     # Without a mask stock models make one from the positions: of blocks, one a row.
-    seen = {"attention_mask": attention_mask} if position_ids is None else {"position_ids": position_ids}
+    seen: dict[str, Any] = {"attention_mask": sent(attention_mask, device)}
+    if position_ids is not None:
+        starts = torch.cat(
+            [(position_ids[0] == 0).nonzero().squeeze(1), position_ids.new_tensor(position_ids.shape)[1:]]
+        )
+        ends = sent(starts.int(), device), int(starts.diff().max())
+        seen = {"position_ids": sent(position_ids, device), "cu_seq_lens_q": ends[0], "max_length_q": ends[1]}
+    # The id at a picture position is only a mark; it may lie outside this model's vocabulary.
+    embedded = model.get_input_embeddings()(sent(input_ids.masked_fill(visual, 0), device))
+    if features is not None:
+        projected = model.model.multi_modal_projector(features.to(embedded.dtype)).to(embedded.dtype).flatten(0, -2)
+        visual = sent(visual, device)
+        number = (visual.flatten().cumsum(0) - 1).clamp_min(0)  # of the visual token at or before each position
+        embedded = projected.index_select(0, number).view_as(embedded).where(visual.unsqueeze(-1), embedded)
     return model.model(inputs_embeds=embedded, **seen, use_cache=False).last_hidden_state

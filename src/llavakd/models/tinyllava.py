@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
@@ -20,21 +21,9 @@ from transformers.modeling_utils import load_state_dict
 from llavakd.models import parts
 from llavakd.models.parts import ModelError
 from llavakd.models.student import VisionLanguageModel, outline, save_model
+from llavakd.templates import render
 
-# Head, language model, tower and projector as transformers, TinyLLaVA and LLaVA-1.5 spell them.
-_PARTS = ("lm_head.", "model.language_model.", "model.vision_tower.", "model.multi_modal_projector.")
-_TINY = ("language_model.lm_head.", "language_model.model.", "vision_tower._vision_tower.", "connector._connector.")
-_LLAVA = ("lm_head.", "model.", "model.vision_tower.vision_tower.", "model.mm_projector.")
-_CONNECTORS = {"mlp2x_gelu": {"linear_1.": "0.", "linear_2.": "2."}, "linear": {"linear_1.": ""}}
-_STRATEGIES = {"patch": "default", "cls_patch": "full"}
-# Keys of config.json in TinyLLaVA: the same in LLaVA-1.5, the default, and what can be converted.
-_SETTINGS: dict[str, tuple[str, Any, Any]] = {
-    "connector_type": ("mm_projector_type", "linear", tuple(_CONNECTORS)),
-    "vision_feature_layer": ("mm_vision_select_layer", -2, range(-99, 100)),
-    "vision_feature_select_strategy": ("mm_vision_select_feature", "patch", tuple(_STRATEGIES)),
-    "image_aspect_ratio": ("image_aspect_ratio", "square", ("square", "pad")),
-    "mm_use_im_start_end": ("mm_use_im_start_end", False, (False,)),
-}
+_SPELLED = yaml.safe_load((Path(__file__).parents[1] / "assets" / "checkpoints.yaml").read_text(encoding="utf-8"))
 # Buffers that old versions saved, and SigLIP's pooling head, which no feature passes.
 _UNUSED = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$|vision_tower\.(vision_model\.)?head\.")
 
@@ -45,8 +34,7 @@ def convert(source: Path, target: Path, *, tokenizer: str | None = None, vision_
     `source` is TinyLLaVA or LLaVA-KD in merged, component or LoRA form, or a whole LLaVA-1.5; `target` is a new folder.
     `tokenizer` and `vision_tower` say where that is which `source` lacks and config.json names in vain.
 
-    Raises:
-        ModelError: what cannot be converted exactly, naming the key.
+    Raises ModelError: what cannot be converted exactly, naming the key.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelError(f"{target} is not empty; give a new folder")
@@ -69,11 +57,7 @@ def convert(source: Path, target: Path, *, tokenizer: str | None = None, vision_
     model.resize_token_embeddings(model.config.text_config.vocab_size)
     whole = VisionLanguageModel(model=model, tokenizer=words, image_processor=pixels)
     save_model(whole, target, template="vicuna_v1")
-    return (
-        f"{target}: {llava.vision_config.model_type} + {config['connector_type']} + {llava.text_config.model_type}, "
-        f"{dtype}, {llava.image_seq_length} visual tokens, <image> is id {whole.image_token_id}; tokenizer from {words_from}, "
-        f"pixels as {pixels_from}, chat template vicuna_v1"
-    )
+    return render("converted.jinja", target=target, whole=whole, config=config, places=(words_from, pixels_from))
 
 
 def _read_config(source: Path) -> dict[str, Any]:
@@ -90,11 +74,11 @@ def _read_config(source: Path) -> dict[str, Any]:
         text = {key: value for key, value in config.items() if key in fields}
         config["text_config"] = text | {"architectures": None, "model_type": "llama"}
         config["vision_model_name_or_path"] = config["mm_vision_tower"]
-    for key, (theirs, default, known) in _SETTINGS.items():
+    for key, (theirs, default, known) in _SPELLED["settings"].items():
         said = theirs if original else key
         config[key] = default if config.get(said) is None else config[said]
-        if config[key] not in known:
-            raise ModelError(f"{source}: config.json has {said} {config[key]!r}; convertible: {known}")
+        if config[key] not in (known or range(-99, 100)):
+            raise ModelError(f"{source}: config.json has {said} {config[key]!r}; convertible: {known or 'a layer'}")
     return config
 
 
@@ -110,7 +94,7 @@ def _llava_config(config: dict[str, Any], tower: str, pixels: Any) -> LlavaConfi
     text = _part_config(config, "text_config")
     mm = "mm_vision_tower" in config
     vision = parts.tower_config(parts.load(AutoConfig, tower) if mm else _part_config(config, "vision_config"), tower)
-    strategy = _STRATEGIES[config["vision_feature_select_strategy"]]
+    strategy = _SPELLED["strategies"][config["vision_feature_select_strategy"]]
     return LlavaConfig(
         vision_config=vision,
         text_config=text,
@@ -133,14 +117,14 @@ def _part_config(config: dict[str, Any], part: str) -> Any:
 def _match(left: dict[str, Tensor], llava: LlavaConfig, config: dict[str, Any], tower: str) -> dict[str, Tensor]:
     """The tensors under transformers' names: each wanted one once and of its shape, none left over."""
     wanted = outline(llava).model.state_dict()
-    spelled = dict(zip(_PARTS, _LLAVA if "mm_vision_tower" in config else _TINY, strict=True))
-    head, text, vision, projector = _PARTS
+    spelled = dict(_SPELLED["parts"]["original" if "mm_vision_tower" in config else "tiny"])
+    head, text, vision, projector = spelled
     if "mm_vision_tower" in config and not any(key.startswith(spelled[vision]) for key in left):
         weights = parts.load_vision_tower(tower, scratch=False).state_dict()
         left |= {spelled[vision] + key: tensor for key, tensor in weights.items()}
     if any(key.startswith(f"{spelled[vision]}vision_model.") for key in left):
         spelled[vision] += "vision_model."
-    theirs, layers = spelled.pop(projector), _CONNECTORS[config["connector_type"]]
+    theirs, layers = spelled.pop(projector), _SPELLED["connectors"][config["connector_type"]]
     spelled |= {projector + layer: theirs + spelling for layer, spelling in layers.items()}
     names = {name: spelled[p] + name.removeprefix(p) for p in spelled for name in wanted if name.startswith(p)}
     if llava.tie_word_embeddings:

@@ -4,40 +4,34 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llavakd.report import compare, plots
-from llavakd.report.compare import console_rows
 from llavakd.report.results import Results, collect
 from llavakd.templates import render
 
-__all__ = ["collect", "console_rows", "markdown", "page", "pick_cases", "write_report"]
 
+def write_report(runs: Sequence[Path], out: Path) -> dict[str, Any]:
+    """Merge finished runs, write `results.json`, `report.md` and `report.html` to `out`; returns what results.json holds.
 
-def write_report(runs: Sequence[Path], out: Path) -> Results:
-    """Merge finished runs and write `results.json`, `report.md` and `report.html` to `out`, which may be one of them.
-
-    Raises UserError, with nothing written, where a run folder is unusable or two of them disagree.
+    `out` may be one of the runs. Raises UserError, with nothing written, where one is unusable or two of them disagree.
     """
     results = collect(runs)
     merged = {"rows": [row.raw for row in results.rows], "environment": results.environment}
-    table = json.dumps(merged, indent=2, ensure_ascii=False) + "\n"
-    texts = {"results.json": table, "report.md": markdown(results), "report.html": page(results)}
+    written = {"results.json": json.dumps(merged, indent=2, ensure_ascii=False) + "\n", **texts(results)}
     out.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
+    for name, text in written.items():
         draft = out / f".report-{name}"
         draft.write_text(text, encoding="utf-8")
         draft.replace(out / name)
-    return results
+    return merged
 
 
-def markdown(results: Results) -> str:
-    """Return the headline, the tables and what is left out, for a pull request."""
-    return render("report.md.jinja", results=results, compare=compare)
-
-
-def page(results: Results) -> str:
-    """Return the whole report as HTML that needs no other file and makes no request."""
-    return render("report.html.jinja", results=results, compare=compare, plots=plots, cases=pick_cases(results))
+def texts(results: Results) -> dict[str, str]:
+    """What is to be read: Markdown for a pull request, and HTML that needs no other file and makes no request."""
+    known = {"results": results, "compare": compare, "plots": plots, "cases": pick_cases(results)}
+    known |= {part: render(f"{part}.jinja", **known).strip().splitlines() for part in ("headline", "notes")}
+    return {name: render(f"{name}.jinja", **known) for name in ("report.md", "report.html")}
 
 
 def pick_cases(results: Results, limit: int = 12) -> list[str]:

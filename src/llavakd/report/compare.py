@@ -1,4 +1,4 @@
-"""Averages, intervals, differences to the control, how they are written, and the headline sentences."""
+"""Averages, intervals and differences to the control."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,6 @@ import numpy as np
 from scipy import stats
 
 from llavakd.report.results import Results, Row
-from llavakd.templates import render
 
 Z95 = 1.96
 
@@ -82,24 +81,6 @@ def main_model(results: Results) -> list[Row]:
     return results.models[main.name] if main else []
 
 
-def headline(results: Results) -> str:
-    """Say in plain words whether distillation helped: over seeds where there are several, and for each seed."""
-    functions = {"find_control": find_control, "difference": difference, "seed_difference": seed_difference}
-    return render("headline.jinja", results=results, main=main_model(results), **functions).strip()
-
-
-def console_rows(results: Results) -> tuple[list[str], list[list[str]]]:
-    """The main table as (header, rows): what each model answers right and how that differs from the control."""
-    rows = []
-    for row in results.rows:
-        costs = [number(row.raw.get(key)) for key in ("n", "steps", "train_seconds", "parameters")]
-        control = find_control(results, row)
-        gap = difference(row, control) if control else None
-        told = "control" if control is row else interval(gap.value, gap.half_width, "+") if gap else "-"
-        rows.append([results.label(row), interval(row.accuracy, half_width(row.accuracy, row.n)), *costs, told])
-    return ["model", "accuracy %", "questions", "steps", "seconds", "parameters", "difference to control"], rows
-
-
 def keys(results: Results, part: str) -> list[str]:
     """The keys of one of the rows' maps (by kind, benchmark or segment), in the order in which the rows name them."""
     return list(dict.fromkeys(key for row in results.rows for key in row.raw.get(part) or {}))
@@ -111,13 +92,3 @@ def mean(rows: Sequence[Row], *path: str) -> float | None:
     for key in path:
         values = [value[key] for value in values if value.get(key) is not None]
     return fmean(values) if values else None
-
-
-def number(value: float | None, decimals: int = 0) -> str:
-    """Write a number, or "-" where there is none."""
-    return "-" if value is None else f"{value:,.{decimals}f}"
-
-
-def interval(share: float, half: float, sign: str = "") -> str:
-    """Write a share and the half-width of its interval as percentages."""
-    return f"{100 * share:{sign}.1f} ± {100 * half:.1f}"

@@ -24,8 +24,7 @@ def loss_curves(results: Results) -> dict[str, str]:
     lines = [line for run in results.runs for logged in run.stages.values() for line in logged]
     panels = {}
     for part in LOSS_PARTS:
-        values = [line[part] for line in lines if 0 < (line.get(part) or 0) < math.inf]  # what a log axis has room for
-        if values:
+        if values := [line[part] for line in lines if 0 < (line.get(part) or 0) < math.inf]:  # fit on a log axis
             ticks = TICKS[bisect(TICKS, min(values)) - 1 : bisect(TICKS, max(values)) + 1]
             panels[part] = render("curve.svg.jinja", results=results, part=part, ticks=ticks, log10=math.log10)
     return panels

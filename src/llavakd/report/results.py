@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llavakd.errors import UserError
-from llavakd.templates import render
 
 TEACHER = "teacher"
 STAGES = ("pt", "dpt", "sft", "dft")  # in the order of training
@@ -58,11 +57,6 @@ class Results(NamedTuple):
     runs: list[Run]
     environment: Json
     probe: Json
-
-    @property
-    def notes(self) -> list[str]:
-        """A line for each thing that the runs lack."""
-        return render("notes.jinja", results=self).splitlines()
 
     @property
     def models(self) -> dict[str, list[Row]]:

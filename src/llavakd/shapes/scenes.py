@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +94,10 @@ def scene_in(split: str, rng: np.random.Generator) -> Scene:
     return scene
 
 
-@cache
 def mask(shape: str, size: str) -> NDArray[np.bool_]:
-    """The pixels of a shape, [d, d] with the diameter d of the size; shared, so not to be written to."""
+    """The pixels of a shape, [d, d] with the diameter d of the size."""
     places = (2 * np.arange(DIAMETER[size]) + 1) / DIAMETER[size] - 1
-    pixels = OUTLINES[shape](places[None, :], places[:, None])
-    pixels.flags.writeable = False
-    return pixels
+    return OUTLINES[shape](places[None, :], places[:, None])
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:

@@ -1,35 +1,28 @@
 """Write a Shapes world to a folder that any reader of LLaVA data can read."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from llavakd.config import WorldConfig
 from llavakd.errors import UserError
+from llavakd.progress import bar
 from llavakd.shapes.questions import KINDS, Question, ask, ask_several, mistaken
 from llavakd.shapes.scenes import SPLITS, WORLD, Scene, caption, draw, scene_in
 
 _MIX = WORLD["rows"]
 _COMPRESS = 1  # Noise hardly packs, so more effort buys nothing.
-_CHUNK = 250  # Scenes that a worker draws, and that progress goes on, at a time.
+_CHUNK = 250  # Scenes that a worker draws at a time.
 _SHUFFLE = len(SPLITS)  # Seeds the order of rows (two of them), apart from all splits.
 _SLIPS = _SHUFFLE + 2  # Seeds the wrong answers: everything else is the same with and without them.
 Row = tuple[str, str]  # file, and the row as a line of JSON, several times smaller than objects to hand back
-
-
-class WorldSummary(NamedTuple):
-    """What was written: the number of pictures over all splits, and of rows by JSON file (without `.json`)."""
-
-    directory: Path
-    pictures: int
-    rows: dict[str, int]
 
 
 def _row(name: str, talk: Sequence[Question], *, image: str = "", told: str = "", kind: str = "") -> str:
@@ -73,18 +66,18 @@ def _exam_rows(image: Path, split: str, numbers: range, rng: np.random.Generator
         yield split, _row(f"{image.stem}-{number}", [question], image=image.name, kind=question.kind)
 
 
-def _rows(images: Path, seed: int, noise: float, exams: dict[str, int], place: tuple[str, int]) -> list[Row]:
+def _rows(images: Path, world: WorldConfig, exams: dict[str, int], place: tuple[str, int]) -> list[Row]:
     """The rows of scene `index` of a split, its picture written; `exams` counts the questions of val and test."""
     split, index = place
-    rng = np.random.default_rng((seed, SPLITS.index(split), index))
+    rng = np.random.default_rng((world.seed, SPLITS.index(split), index))
     if split == "text":
         scene = scene_in("text", rng)
         retold = rng.random() < _MIX["retold"]  # in another order than it was told, so that every thing is looked up
         talk = _described(scene, rng) if retold else ask_several(scene, int(rng.integers(4, 7)), rng)
         return [("text", _row(f"text-{index:06d}", talk, told=caption(scene, rng)))]
     if split == "train":
-        slips = np.random.default_rng((seed, _SLIPS, index))
-        return list(_train_rows(images / f"{index:06d}.png", noise, rng, slips))
+        slips = np.random.default_rng((world.seed, _SLIPS, index))
+        return list(_train_rows(images / f"{index:06d}.png", world.noise, rng, slips))
     numbers = range(exams[split])[index * _MIX["exam_questions"] :][: _MIX["exam_questions"]]
     return list(_exam_rows(images / f"{split}-{index:06d}.png", split, numbers, rng))
 
@@ -96,54 +89,44 @@ def examples(count: int) -> list[tuple[Image.Image, Question]]:
     return [(draw(scene, rng), ask_several(scene, 1, rng)[0]) for scene in scenes]
 
 
-def write_world(
-    directory: Path,
-    *,
-    scenes: int,
-    seed: int,
-    test_questions: int = 1000,
-    noise: float = 0.0,
-    workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,
-) -> WorldSummary:
-    """Write pictures and conversations of a Shapes world; a seed gives the same bytes, however many `workers` draw.
+def write_world(directory: Path, world: WorldConfig, *, workers: int = 1) -> tuple[int, dict[str, int]]:
+    """Write pictures and conversations of a Shapes world, with a bar; however many `workers` draw, the same bytes.
 
     The folder, new or empty, gets `images/` and six JSON lists of LLaVA rows, whose `image` is relative to `images/`:
     `pretrain` (a caption for each of the `scenes` train pictures), `instruct` (questions about them and a few about
     scenes told in words), `text` (two rows without picture for each train scene), `mixed` (the first two and a
     twenty-fourth of the third), `test` (`test_questions` rows of one question, its kind as `type`) and `val` (half as
     many). No scene is in two splits; those told in words are of the split `text`. `noise` is the share of wrong answers
-    in `instruct`, so in `mixed`; `progress` gets (scenes done, scenes in all) now and then, all splits together. Raises
+    in `instruct`, so in `mixed`. Returns how many pictures and how many rows of each list were written. Raises
     UserError, with nothing written, where the folder is not empty, `scenes` or `workers` below 1, `seed` below 0,
     `test_questions` below 2 or `noise` not from 0 to below 1.
     """
-    numbers = {"scenes": (scenes, 1), "seed": (seed, 0), "test_questions": (test_questions, 2), "workers": (workers, 1)}
-    for name, (got, least) in numbers.items():
-        if got < least:
-            raise UserError(f"got {name}={got}, expected at least {least}; raise {name}")
-    if not 0 <= noise < 1:
-        raise UserError(f"got noise={noise}, expected a share from 0 to below 1; change noise")
+    given = {**vars(world), "workers": workers}
+    for name, least in {"scenes": 1, "seed": 0, "test_questions": 2, "workers": 1}.items():
+        if given[name] < least:
+            raise UserError(f"got {name}={given[name]}, expected at least {least}; raise {name}")
+    if not 0 <= world.noise < 1:
+        raise UserError(f"got noise={world.noise}, expected a share from 0 to below 1; change noise")
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise UserError(f"got {directory}, expected a new or empty folder; choose another or empty it")
-    images, exams = directory / "images", {"val": test_questions // 2, "test": test_questions}
+    images, exams = directory / "images", {"val": world.test_questions // 2, "test": world.test_questions}
     images.mkdir(parents=True)
-    sizes = {"train": scenes, "text": 2 * scenes} | {name: -(-n // _MIX["exam_questions"]) for name, n in exams.items()}
+    sizes = {name: -(-questions // _MIX["exam_questions"]) for name, questions in exams.items()}
+    sizes = {"train": world.scenes, "text": 2 * world.scenes} | sizes
     places = [(split, index) for split, size in sizes.items() for index in range(size)]
     rows: dict[str, list[str]] = {file: [] for file in ("pretrain", "instruct", "text", "mixed", "val", "test")}
     # Not forked: the caller may hold threads, as everyone does who has imported torch.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 1 else nullcontext()
-    with pool as workforce:
+    with pool as workforce, bar("draw", len(places)) as advance:
         work = partial(workforce.map, chunksize=_CHUNK) if workforce else map
-        made = work(partial(_rows, images, seed, noise, exams), places)
-        for done, ((split, index), found) in enumerate(zip(places, made, strict=True), start=1):
+        for done, found in enumerate(work(partial(_rows, images, world, exams), places), start=1):
             for file, row in found:
                 rows[file].append(row)
-            if progress is not None and ((index + 1) % _CHUNK == 0 or index + 1 == sizes[split]):
-                progress(done, len(places))
+            advance(done)
     # A scene's rows were made one after another, which would put them into one batch.
-    np.random.default_rng((seed, _SHUFFLE)).shuffle(rows["instruct"])
+    np.random.default_rng((world.seed, _SHUFFLE)).shuffle(rows["instruct"])
     rows["mixed"] = [*rows["pretrain"], *rows["instruct"], *rows["text"][::24]]
-    np.random.default_rng((seed, _SHUFFLE + 1)).shuffle(rows["mixed"])
+    np.random.default_rng((world.seed, _SHUFFLE + 1)).shuffle(rows["mixed"])
     for file, lines in rows.items():
         (directory / f"{file}.json").write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8", newline="\n")
-    return WorldSummary(directory, len(places) - sizes["text"], {file: len(lines) for file, lines in rows.items()})
+    return len(places) - sizes["text"], {file: len(lines) for file, lines in rows.items()}

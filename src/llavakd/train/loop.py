@@ -22,7 +22,7 @@ from llavakd.data.samples import too_many
 from llavakd.errors import UserError
 from llavakd.progress import Interrupted, bar, say
 from llavakd.train.checkpoint import load_checkpoint, newest_whole, prune, save_checkpoint, write_text
-from llavakd.train.step import StepResult, TrainState, learning_rate, set_learning_rate, train_step
+from llavakd.train.step import StepResult, TrainState, check_finite, learning_rate, set_learning_rate, train_step
 
 
 @dataclass
@@ -80,7 +80,7 @@ def run_stage(state: TrainState, dataset: RowDataset, recipe: Recipe, folder: Pa
     batches = _load(dataset, micro_batches(dataset.lengths, **order), recipe, state)
     window: list[StepResult] = []
     started, logged = time.perf_counter() - progress.seconds, progress.seconds
-    with bar(stage.name, steps, shown=main) as advance, _stop_signals(accelerator):
+    with bar(stage.name, steps, shown=main) as advance, _stop_signals() as stop:
         while progress.step < steps:
             set_learning_rate(state.optimizer, learning_rate(progress.step, steps=steps, stage=stage))
             together = [batch for _ in range(accumulation) for batch in next(batches)]
@@ -88,13 +88,19 @@ def run_stage(state: TrainState, dataset: RowDataset, recipe: Recipe, folder: Pa
             progress.step += 1
             progress.seconds = time.perf_counter() - started
             _add_up(progress, window[-1].counted, together, recipe.max_bad_rows, steps * stage.global_batch_size)
-            if progress.step % recipe.log_every == 0 or progress.step == steps:
+            last = progress.step == steps
+            # On all processes after the same step; a sum on the CPU, which no device is waited for.
+            stopping = bool(accelerator.reduce(torch.tensor(int(stop.is_set()))))
+            saves = stopping or last or progress.step % recipe.save_every == 0
+            logs = last or progress.step % recipe.log_every == 0
+            if saves or logs:
+                check_finite(window, stage)
+            if logs:
                 if main:
                     loss = _log(state, folder, progress, window, progress.seconds - logged)
                     advance(progress.step, f"loss {loss:.3f}")
                 window, logged = [], progress.seconds
-            stopping = accelerator.check_trigger()  # on all processes after the same step
-            if stopping or progress.step % recipe.save_every == 0 or progress.step == steps:
+            if saves:
                 save_checkpoint(checkpoints if main else None, **learning, state=vars(progress))
                 if main:
                     prune(checkpoints, keep=2)
@@ -172,20 +178,21 @@ def lost_process() -> Iterator[None]:
 
 
 @contextmanager
-def _stop_signals(accelerator: Any) -> Iterator[None]:
-    """The first SIGINT or SIGTERM pulls the accelerator's trigger; a second one acts as usual. UserError for a lost worker."""
+def _stop_signals() -> Iterator[threading.Event]:
+    """Set by the first SIGINT or SIGTERM; a second one acts as usual. UserError for a lost worker."""
+    stop = threading.Event()
     with ExitStack() as usual:
 
         def note(_number: int, _frame: Any) -> None:
             usual.close()
-            accelerator.set_trigger()
+            stop.set()
             say("stopping after this step; once more to stop at once")
 
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 usual.callback(signal.signal, number, signal.signal(number, note))
         try:
-            yield
+            yield stop
         except (RuntimeError, ConnectionError, EOFError) as error:  # each is how the loss of a worker may show
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise

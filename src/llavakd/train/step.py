@@ -18,6 +18,7 @@ from llavakd.errors import UserError
 from llavakd.losses.objective import Counts, Objective, count, objective
 from llavakd.models.alignment import Pair
 from llavakd.models.student import VisionLanguageModel, final_hidden, vision_features
+from llavakd.transfer import sent
 
 
 class NonFiniteError(UserError):
@@ -36,11 +37,11 @@ class StudentModule(nn.Module):
     def forward(
         self, batch: Batch, features: Tensor | None, taught: Tensor | None, teacher_head: Tensor | None, counts: Counts
     ) -> Objective:
-        """This micro-batch's share of the loss; `features` None with pictures: the tower learns and runs here."""
+        """This micro-batch's share of the loss, given on the CPU; `features` None with pictures: the tower runs here."""
         visual = batch.segments == Segment.VISUAL
         if features is None:  # without a picture those of one that no position takes: all processes run the same
             pixels, blank = batch.pixel_values, torch.zeros(1, *self.picture, device=self.model.device)
-            features = blank if pixels is None else vision_features(self.model, pixels)
+            features = blank if pixels is None else vision_features(self.model, sent(pixels, self.model.device))
         hidden = final_hidden(self.model, batch.input_ids, batch.attention_mask, visual, features, batch.position_ids)
         what: dict[str, Any] = {"labels": batch.labels, "visual": visual, "image_rows": batch.image_rows}
         what |= {"position_ids": batch.position_ids, "counts": counts}
@@ -64,67 +65,76 @@ class TrainState:
 
 
 class StepResult(NamedTuple):
-    """Of one step, already global: detached scalars, and numbers of live tokens, truncated and left-out rows."""
+    """Of one step, already global: detached scalars, numbers of live tokens, truncated and left-out rows; some row ids."""
 
+    step: int
     loss: Tensor
     parts: dict[str, Tensor]
     grad_norm: Tensor
     counted: dict[str, int]
+    rows: list[str]
 
 
 def train_step(state: TrainState, micro_batches: Sequence[Batch], *, step: int) -> StepResult:
-    """Forward and backward over this rank's micro-batches, clip, update; NonFiniteError before anything is updated."""
+    """Forward and backward over this rank's micro-batches, which lie on the CPU, clip, update; no wait for the device."""
     accelerator = state.accelerator
     counts, counted, passes = _count(accelerator, micro_batches)
     sums: dict[str, Any] = {}
     for number in range(1, passes + 1):  # as many on every process; those beyond its own micro-batches weigh nothing
         batch, share = micro_batches[min(number, len(micro_batches)) - 1], int(number <= len(micro_batches))
         with contextlib.nullcontext() if number == passes else accelerator.no_sync(state.module):
-            result = _forward(state, batch.to(accelerator.device), counts)
+            result = _forward(state, batch, counts)
             # Wrappers average gradients over processes; the division is already global, so undo it here, once.
             accelerator.backward(result.total * (share * accelerator.num_processes))
         for name, value in {"loss": result.total.detach(), **result.parts}.items():
             sums[name] = sums.get(name, 0) + value * share
     sums = accelerator.reduce(sums)
     grad_norm = accelerator.clip_grad_norm_(state.module.parameters(), state.stage.max_grad_norm)
-    if isinstance(grad_norm, DTensor):
-        grad_norm = grad_norm.full_tensor()
-    if not torch.isfinite(grad_norm):
-        rows = ", ".join(name for batch in micro_batches for name in batch.sample_ids[:4])
-        raise NonFiniteError(
-            f"stage {state.stage.name}, step {step}: gradient norm is {float(grad_norm)}, parts "
-            f"{ {name: float(value) for name, value in sums.items()} }, rows {rows}, ...; lower learning_rate "
-            "or use precision: fp32"
-        )
+    grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
     state.optimizer.step()
     state.optimizer.zero_grad()
-    return StepResult(loss=sums.pop("loss"), parts=sums, grad_norm=grad_norm, counted=counted)
+    rows = [name for batch in micro_batches for name in batch.sample_ids[:4]]
+    return StepResult(step, sums.pop("loss"), sums, grad_norm, counted, rows)
+
+
+def check_finite(results: Sequence[StepResult], stage: StageConfig) -> None:
+    """Wait for these steps; raises NonFiniteError for the first whose gradient is not finite: weights are lost since."""
+    norms = torch.stack([result.grad_norm for result in results]).tolist()
+    for result, norm in zip(results, norms, strict=True):
+        if not math.isfinite(norm):
+            raise NonFiniteError(
+                f"stage {stage.name}, step {result.step}: gradient norm is {norm}, parts "
+                f"{ {name: float(value) for name, value in result.parts.items()} }, rows {', '.join(result.rows)}, ...; "
+                "lower learning_rate or use precision: fp32"
+            )
 
 
 def _forward(state: TrainState, batch: Batch, counts: Counts) -> Objective:
-    features, pixels, teacher, taught = batch.features, batch.pixel_values, state.teacher, None
+    device, teacher, taught = state.accelerator.device, state.teacher, None
+    pixels, own = batch.pixel_values, batch.teacher_pixel_values
+    features = None if batch.features is None else sent(batch.features, device)
     tower_learns = "vision_tower" in state.stage.train
     with torch.no_grad():
         if features is None and pixels is not None and not tower_learns:
             with state.accelerator.autocast():
-                features = vision_features(state.student.model, pixels)
+                features = vision_features(state.student.model, sent(pixels, device))
         if teacher and state.pair:
             seen, visual = features, batch.segments == Segment.VISUAL
             if pixels is not None and (tower_learns or not state.pair.shared_tower):
-                own = pixels if state.pair.shared_pixels else batch.teacher_pixel_values
+                own = pixels if state.pair.shared_pixels else own
                 assert own is not None, "the teacher has another image processor, but the batch lacks its pixels"
-                seen = vision_features(teacher.model, own.to(teacher.model.dtype))
+                seen = vision_features(teacher.model, sent(own, device).to(teacher.model.dtype))
             given = batch.input_ids, batch.attention_mask, visual, seen, batch.position_ids
             taught = final_hidden(teacher.model, *given)
     return state.module(batch, features, taught, teacher.head if teacher else None, counts)
 
 
 def _count(accelerator: Accelerator, micro_batches: Sequence[Batch]) -> tuple[Counts, dict[str, int], int]:
-    """Counts of the global batch, and those of StepResult, over all micro-batches and ranks; the most micro-batches."""
+    """Counts of the global batch, and those of StepResult, over micro-batches and ranks, on the CPU; the most micro-batches."""
     counts = [count(b.labels, b.segments == Segment.VISUAL, b.image_rows, b.position_ids) for b in micro_batches]
     own = [int(rank == accelerator.process_index) for rank in range(accelerator.num_processes)]
     rows = [(int(batch.attention_mask.sum()), batch.truncated, len(batch.mistakes), *own) for batch in micro_batches]
-    local = torch.cat([torch.tensor(counts), torch.tensor(rows)], dim=1).sum(0).to(accelerator.device)
+    local = torch.cat([torch.tensor(counts), torch.tensor(rows)], dim=1).sum(0)
     samples, response, visual, images, tokens, truncated, left_out, *passes = accelerator.reduce(local).tolist()
     counted = {"tokens": tokens - left_out, "truncated": truncated, "left_out": left_out}
     return Counts(samples - left_out, response, visual, images), counted, max(passes)

@@ -1,0 +1,57 @@
+"""What makes the models fast on a GPU: attention by flash kernels without a mask, and compiled layers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, LlavaForConditionalGeneration
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+_NAME = "llavakd_rows"
+_KEPT = 0.8  # share of its activations that a compiled layer keeps; benchmarks/results/step.json
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **how: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention as transformers calls it, of padded rows [B, H, T, D], or of a pack [1, H, T, D] of rows.
+
+    No mask: padding stands on the right, where no token sees it; a pack's rows, from `cu_seq_lens_q` (int32, with both
+    ends) to the next, do not see one another.
+    """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **how)
+    groups = query.shape[1] // key.shape[1]
+    heads = query, repeat_kv(key, groups), repeat_kv(value, groups)
+    rows = [one.squeeze(0).transpose(0, 1).to(value.dtype) for one in heads]  # the rotation leaves float32
+    ends: Any = cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q
+    attended: Any = varlen_attn(rows[0], rows[1], rows[2], *ends, scale=scaling, window_size=(-1, 0))
+    return attended.unsqueeze(0), None
+
+
+def attend_by_rows(model: LlavaForConditionalGeneration) -> None:
+    """Let the language model use `attend`, where all its layers see everything before them, in half precision on a GPU."""
+    text = model.config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or ["full_attention"]
+    if set(kinds) == {"full_attention"} and not getattr(text, "attn_logit_softcapping", None):
+        AttentionInterface.register(_NAME, attend)
+        model.model.language_model.set_attn_implementation(_NAME)
+
+
+def compile_layers(model: LlavaForConditionalGeneration, **options: Any) -> None:
+    """Compile each layer of tower and language model, with torch.compile's options; equal layers share what is compiled."""
+    torch.compiler.reset()  # what an earlier stage compiled counts against a limit
+    torch._functorch.config.activation_memory_budget = _KEPT
+    for stack in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
+        for layer in stack:
+            layer.compile(**options)
