@@ -107,15 +107,13 @@ def draw_world(recipe: Recipe, out: Path) -> None:
 def _make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
     if other := [name for name in ("DEEPSPEED", "FSDP") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]:
         raise UserError(f"accelerate is set up for {other[0]}; start with torchrun instead and set sharding: student")
-    handlers: list[Any] = []
-    if torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # Counts are summed on the CPU, so that no step waits for its device.
-        handlers.append(InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl"))
+    several = torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1
     accelerator = Accelerator(
         mixed_precision="bf16" if recipe.precision == "bf16" else "no",
         log_with=list(recipe.trackers) or None,
         project_dir=str(out / "trackers"),
-        kwargs_handlers=handlers,
+        # Counts are summed on the CPU, so that no step waits for its device.
+        kwargs_handlers=[InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl")] * several,
     )
     accelerator.init_trackers(recipe.name)
     return accelerator
@@ -134,6 +132,7 @@ def _run_stage(run: Run, stage: StageConfig, before: StageConfig | None) -> None
         return
     run.note(stage, state="running", fingerprint=fingerprint)
     run.note(stage, state="done", fingerprint=fingerprint, **_train(run, stage, before))
+    run.accelerator.free_memory()  # now that nothing names the models any more
     run.accelerator.wait_for_everyone()
 
 
@@ -191,7 +190,6 @@ def _train(run: Run, stage: StageConfig, before: StageConfig | None) -> dict[str
             updates.merge_and_unload()
         template = recipe.data[next(iter(stage.sources))].template
         write_folder(folder / "model", lambda partial: save_model(student, partial, template=template))
-    accelerator.free_memory()
     return {"steps": progress.step, "train_seconds": progress.seconds, **progress.counted, **drift}
 
 

@@ -1,7 +1,7 @@
 """Where weights live: whole on every process (DDP) or in shards (FSDP2), and how tensors go from the one to the other."""
 
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -15,21 +15,21 @@ def place(accelerator: Accelerator, module: nn.Module, teacher: nn.Module | None
     if shards:
         module = accelerator.prepare_model(module, device_placement=False, evaluation_mode=True)  # autocast, no DDP
         tower, decoder = (module.get_submodule(f"model.model.{part}") for part in ("vision_tower", "language_model"))
-        _shard(module, decoder, kept=tower.to(device))  # where it is frozen, it runs before the module
+        _shard(module, decoder, device.type, kept=tower.to(device))  # where it is frozen, it runs before the module
     if shards and teacher and sharding == "both":
         decoder = teacher.get_submodule("model.language_model")
-        _shard(decoder, decoder, kept=decoder)  # its embedding, perhaps the head, is used outside of it
+        _shard(decoder, decoder, device.type, kept=decoder)  # its embedding, perhaps the head, is used outside of it
     if teacher:
         teacher.to(device)
     return module if shards else accelerator.prepare(module)
 
 
-def _shard(root: nn.Module, decoder: nn.Module, *, kept: nn.Module) -> None:
+def _shard(root: nn.Module, decoder: nn.Module, device: str, *, kept: nn.Module) -> None:
     """Shard a decoder's layers, gathered one by one, and below `root` the rest but what is frozen of `kept`."""
-    frozen = {weight for weight in kept.parameters() if not weight.requires_grad}
+    mesh = distributed.init_device_mesh(device, (distributed.get_world_size(),))
     for layer in decoder.get_submodule("layers").children():
-        fully_shard(layer)
-    fully_shard(root, ignored_params=frozen)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(root, mesh=mesh, ignored_params={weight for weight in kept.parameters() if not weight.requires_grad})
 
 
 def joined(tensor: Tensor, *, keep: bool) -> Tensor:

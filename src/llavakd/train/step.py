@@ -90,8 +90,7 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch], *, step: int) 
             sums[name] = sums.get(name, 0) + value * share
     sums = accelerator.reduce(sums)
     grad_norm = accelerator.clip_grad_norm_(state.module.parameters(), state.stage.max_grad_norm)
-    if isinstance(grad_norm, DTensor):
-        grad_norm = grad_norm.full_tensor()
+    grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
     state.optimizer.step()
     state.optimizer.zero_grad()
     rows = [name for batch in micro_batches for name in batch.sample_ids[:4]]
@@ -141,16 +140,14 @@ def _tower(state: TrainState) -> tuple[Any, bool]:
 
 
 def _count(accelerator: Accelerator, micro_batches: Sequence[Batch]) -> tuple[Counts, dict[str, int], int]:
-    """Counts of the global batch, and those of StepResult, over micro-batches and ranks, and the most micro-batches; on the CPU."""
+    """Counts of the global batch, and those of StepResult, over micro-batches and ranks, on the CPU; the most micro-batches."""
     counts = [count(b.labels, b.segments == Segment.VISUAL, b.image_rows, b.position_ids) for b in micro_batches]
-    rows = [(int(batch.attention_mask.sum()), batch.truncated, len(batch.mistakes), 1) for batch in micro_batches]
+    own = [int(rank == accelerator.process_index) for rank in range(accelerator.num_processes)]
+    rows = [(int(batch.attention_mask.sum()), batch.truncated, len(batch.mistakes), *own) for batch in micro_batches]
     local = torch.cat([torch.tensor(counts), torch.tensor(rows)], dim=1).sum(0)
-    ranks = local.new_zeros(accelerator.num_processes, len(local))
-    ranks[accelerator.process_index] = local
-    ranks = accelerator.reduce(ranks)
-    samples, *others, tokens, truncated, left_out, _ = ranks.sum(0).tolist()
+    samples, response, visual, images, tokens, truncated, left_out, *passes = accelerator.reduce(local).tolist()
     counted = {"tokens": tokens - left_out, "truncated": truncated, "left_out": left_out}
-    return Counts(samples - left_out, *others), counted, int(ranks[:, -1].max())
+    return Counts(samples - left_out, response, visual, images), counted, max(passes)
 
 
 def build_optimizer(module: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
