@@ -56,12 +56,9 @@ def upright_rgb(picture: Image.Image) -> Image.Image:
 
 def has_picture(data: DataConfig, name: str) -> bool:
     """Whether it is there, by its name alone; a folder is listed once, for asking it about each file is slow."""
-    if name.startswith("@"):
-        return True
-    if (folder := data.images or "").endswith(_ARCHIVES):
-        return name in _names(folder)
-    path = Path(folder) / name
-    return path.name in _names(str(path.parent))
+    folder = data.images or ""
+    place, inner = (folder, name) if folder.endswith(_ARCHIVES) else os.path.split(Path(folder) / name)
+    return name.startswith("@") or inner in _names(place)
 
 
 @lru_cache(maxsize=4)
