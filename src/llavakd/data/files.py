@@ -73,30 +73,26 @@ def _scan_json(file: BinaryIO, path: Path) -> Iterator[tuple[tuple[int, int], An
     while True:
         before = _MARK.match(text, position)
         assert before is not None, "the expression matches nothing, too"
-        first = before.end()
-        if rows and before[1] == "]":
-            break
-        if first < len(text) and before[1] != ("" if lines else "," if rows else "["):
-            reason = f"is not JSON (no comma before row {rows}, after byte {offset})" if rows else "holds no list"
+        first, mark = before.end(), before[1]
+        wanted, last = ("", "") if lines else (",", "]") if rows else ("[", None)
+        if first < len(text) and mark != wanted:
+            reason = f"is no list of rows: {mark!r} instead of {wanted!r} before row {rows}, after byte {offset}"
             raise DataError(f"{path} {reason}; {_EXPECTED}")
         try:
             row, end = decode(text, first)
         except json.JSONDecodeError as error:
-            block = file.read(_BLOCK)
-            if not block:
-                if lines and first == len(text):
-                    return
-                reason = f"is not JSON ({error.msg} in row {rows}, after byte {offset})"
-                empty = not rows and text[first:].strip() == "]"
-                raise DataError(f"{path} {'holds an empty list' if empty else reason}; {_EXPECTED}") from error
-            text, position = text[position:] + read(block, len(block) < _BLOCK), 0
-            continue
+            if block := file.read(_BLOCK):
+                text, position = text[position:] + read(block, len(block) < _BLOCK), 0
+                continue
+            if first == len(text) and mark == last:
+                return
+            empty = not rows and text[first:].strip() == "]"
+            reason = "holds an empty list" if empty else f"is not JSON ({error.msg} in row {rows}, after byte {offset})"
+            raise DataError(f"{path} {reason}; {_EXPECTED}") from error
         offset += first - position
         size = end - first if text.isascii() else len(text[first:end].encode())
         yield (offset, size), row
         rows, offset, position = rows + 1, offset + size, end
-    if text[first:] or file.read().strip():
-        raise DataError(f"{path} is not JSON (something follows the list's end, after byte {offset}); {_EXPECTED}")
 
 
 @lru_cache(maxsize=16)

@@ -129,9 +129,8 @@ def parse_row(row: Any, place: str) -> Sample:
     names = [] if image is None else [image] if isinstance(image, str) else image
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise DataError(f"{place}: `image` is {image!r}, expected a file name or a list of them")
-    for name in names:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise DataError(f"{place}: `image` {name!r} leaves the picture folder; use a path inside it")
+    if outside := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise DataError(f"{place}: `image` {outside[0]!r} leaves the picture folder; use a path inside it")
     turns = _parse_turns(row, place)
     tags = sum(turn.images for turn in turns)
     if tags != len(names):
