@@ -99,10 +99,10 @@ def _scan_json(file: BinaryIO, path: Path) -> Iterator[tuple[tuple[int, int], An
 def _table(path: str) -> Any:
     try:
         import datasets
-    except ImportError as error:
-        raise DataError(f"{path} is a table; install what reads it: pip install 'llava-kd[tables]'") from error
-    try:
+
         read = datasets.Dataset.from_parquet if path.endswith(".parquet") else datasets.load_from_disk
         return read(path).with_format("arrow")  # whose rows are plain values, pictures undecoded
+    except ImportError as error:
+        raise DataError(f"{path} is a table; install what reads it: pip install 'llava-kd[tables]'") from error
     except Exception as error:  # pyarrow and datasets raise a dozen unrelated types for a damaged table
         raise DataError(f"cannot read {path}: {type(error).__name__}: {error}") from error

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageOps
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llavakd.config import DataConfig
@@ -85,10 +84,9 @@ class FeatureStore:
     """Features [P, N, D_v] of named pictures in one safetensors file, memory-mapped."""
 
     def __init__(self, path: Path) -> None:
-        with safe_open(str(path), framework="pt") as file:
-            self._features = file.get_tensor("features")
-            names = bytes(file.get_tensor("names").numpy().tobytes()).decode().split("\0")
-        self._index = {name: position for position, name in enumerate(names)}
+        held = load_file(path)
+        names = held["names"].numpy().tobytes().decode().split("\0")
+        self._features, self._index = held["features"], {name: position for position, name in enumerate(names)}
 
     def get(self, names: Sequence[str]) -> Tensor:
         """Features [len(names), N, D_v], in the order of `names`."""

@@ -95,12 +95,11 @@ def distill_rows(
     Raises:
         ValueError: unequal heads without `vocab_size`, a label outside it, no teacher, wrong divergence, beta, backend.
     """
-    kind = resolve(divergence, beta)
     vocab_size = shared_width(student_head, teacher_head, vocab_size)
     if teacher_hidden is None and bool((kl_weight != 0).any()):
         raise ValueError("kl_weight asks for a divergence, but teacher_hidden is None; give a teacher or zero weights")
     kernel, dtype = _kernel(backend, student_hidden), operand_dtype(student_hidden)
-    how = Scoring(kind, beta, temperature, (student_form, teacher_form))
+    how = Scoring(resolve(divergence, beta), beta, temperature, (student_form, teacher_form))
     teacher_weight = None if teacher_head is None else teacher_head[:vocab_size].detach().to(dtype)
 
     def score(
