@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 from transformers import AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
@@ -98,7 +97,7 @@ def push_folder(folder: Path, repository: str, api: Any) -> str:
 
 
 @torch.no_grad()
-def _logits(model: Any, processor: Any) -> Tensor:
+def _logits(model: Any, processor: Any) -> torch.Tensor:
     """Float32 logits [8, 8, V] at the last positions of eight drawn pictures with a question each."""
     pictures, questions = zip(*examples(8), strict=True)
     texts = [f"{IMAGE_TAG}\n{question.text}" for question in questions]

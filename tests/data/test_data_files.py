@@ -53,13 +53,15 @@ def test_rows_of_json_lines_are_found_again(tmp_path):
     [
         ("", "is not JSON"),
         ("  ", "is not JSON"),
-        ("{}", "holds no list"),
-        ("3", "holds no list"),
+        ("{}", r"is no list of rows: '' instead of '\['"),
+        ("3", "is no list of rows"),
         ("[]", "an empty list"),
         ("[1, 2", "is not JSON .* in row 2, after byte"),
         ("[1, 2, ", "is not JSON .* in row 2"),
-        ("[1] 2", "something follows"),
-        ("[1 2]", "no comma before row 1"),
+        ("[1] 2", r"'\]' instead of ',' before row 1"),
+        ("[1] x", r"'\]' instead of ',' before row 1"),
+        ("]", "is not JSON"),
+        ("[1 2]", "'' instead of ',' before row 1"),
         ("[1, ]", "in row 1"),
         ('[{"id": 1}, {"id"', "in row 1"),
     ],
@@ -72,10 +74,19 @@ def test_a_file_that_is_no_list_of_rows_is_refused(tmp_path, text, message):
     assert str(path) in str(caught.value)
 
 
-def test_a_torn_line_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"id": 1}\n{"id": ', "is not JSON .* in row 1, after byte 9"),
+        ('{"id": 1},\n{"id": 2}', "',' instead of '' before row 1"),
+        ('{"id": 1}\n]', "is not JSON"),
+        ('[{"id": 1}]', r"'\[' instead of '' before row 0"),
+    ],
+)
+def test_lines_that_are_no_rows_are_refused(tmp_path, text, message):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"id": 1}\n{"id": ')
-    with pytest.raises(DataError, match="is not JSON"):
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
         list(scan(path))
 
 

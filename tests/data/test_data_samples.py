@@ -127,7 +127,7 @@ def test_dots_inside_a_name_do_not_leave_the_folder():
     [
         ('[{"id": "cat-1", "conv', "is not JSON"),
         ("", "is not JSON"),
-        ('{"id": 1}', "holds no list; expected a list"),
+        ('{"id": 1}', "is no list of rows: .*; expected a list"),
         ("[]", "holds an empty list; expected a list"),
     ],
 )

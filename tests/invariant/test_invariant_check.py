@@ -75,7 +75,7 @@ def test_check_names_the_row_that_cannot_be_used(tiny, command, place, mistake):
     ("text", "said"),
     [
         ('[{"id": "a", "conversations": [{"from', "is not JSON"),
-        ('{"id": "a"}', "holds no list"),
+        ('{"id": "a"}', "is no list of rows"),
         ("", "is not JSON"),
         ("[]", "an empty list"),
     ],

@@ -29,10 +29,10 @@ def scan(path: Path) -> Iterator[tuple[tuple[int, int], Any]]:
         return
     try:
         with path.open("rb") as file:
-            yield from _scan_lines(file) if path.suffix == ".jsonl" else _scan_list(file, path)
+            yield from _scan_json(file, path)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; set `path` to a LLaVA-format JSON file") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise DataError(f"{path} is not JSON ({error}); {_EXPECTED}") from error
 
 
@@ -66,53 +66,43 @@ def is_table(path: Path) -> bool:
     return path.suffix == ".parquet" or path.is_dir()
 
 
-def _scan_lines(file: BinaryIO) -> Iterator[tuple[tuple[int, int], Any]]:
-    offset = 0
-    for line in file:
-        if line.strip():
-            yield (offset, len(line)), json.loads(line)
-        offset += len(line)
-
-
-def _scan_list(file: BinaryIO, path: Path) -> Iterator[tuple[tuple[int, int], Any]]:
-    """Elements of a JSON list, of which a part stands in memory; an element cut by the part's end is tried again."""
+def _scan_json(file: BinaryIO, path: Path) -> Iterator[tuple[tuple[int, int], Any]]:
+    """Rows of a list or, without its marks, of lines; a part stands in memory, a row cut by its end is tried again."""
     decode, read = json.JSONDecoder().raw_decode, codecs.getincrementaldecoder("utf-8")().decode
-    text, position, offset, rows = "", 0, 0, 0
+    lines, text, position, offset, rows = path.suffix == ".jsonl", "", 0, 0, 0
     while True:
         before = _MARK.match(text, position)
         assert before is not None, "the expression matches nothing, too"
-        first = before.end()
-        if rows and before[1] == "]":
-            break
-        if first < len(text) and before[1] != ("," if rows else "["):
-            reason = f"is not JSON (no comma before row {rows}, after byte {offset})" if rows else "holds no list"
+        first, mark = before.end(), before[1]
+        wanted, last = ("", "") if lines else (",", "]") if rows else ("[", None)
+        if first < len(text) and mark != wanted:
+            reason = f"is no list of rows: {mark!r} instead of {wanted!r} before row {rows}, after byte {offset}"
             raise DataError(f"{path} {reason}; {_EXPECTED}")
         try:
             row, end = decode(text, first)
         except json.JSONDecodeError as error:
-            block = file.read(_BLOCK)
-            if not block:
-                reason = f"is not JSON ({error.msg} in row {rows}, after byte {offset})"
-                empty = not rows and text[first:].strip() == "]"
-                raise DataError(f"{path} {'holds an empty list' if empty else reason}; {_EXPECTED}") from error
-            text, position = text[position:] + read(block, len(block) < _BLOCK), 0
-            continue
+            if block := file.read(_BLOCK):
+                text, position = text[position:] + read(block, len(block) < _BLOCK), 0
+                continue
+            if first == len(text) and mark == last:
+                return
+            empty = not rows and text[first:].strip() == "]"
+            reason = "holds an empty list" if empty else f"is not JSON ({error.msg} in row {rows}, after byte {offset})"
+            raise DataError(f"{path} {reason}; {_EXPECTED}") from error
         offset += first - position
         size = end - first if text.isascii() else len(text[first:end].encode())
         yield (offset, size), row
         rows, offset, position = rows + 1, offset + size, end
-    if text[first:] or file.read().strip():
-        raise DataError(f"{path} is not JSON (something follows the list's end, after byte {offset}); {_EXPECTED}")
 
 
 @lru_cache(maxsize=16)
 def _table(path: str) -> Any:
     try:
         import datasets
-    except ImportError as error:
-        raise DataError(f"{path} is a table; install what reads it: pip install 'llava-kd[tables]'") from error
-    try:
+
         read = datasets.Dataset.from_parquet if path.endswith(".parquet") else datasets.load_from_disk
         return read(path).with_format("arrow")  # whose rows are plain values, pictures undecoded
+    except ImportError as error:
+        raise DataError(f"{path} is a table; install what reads it: pip install 'llava-kd[tables]'") from error
     except Exception as error:  # pyarrow and datasets raise a dozen unrelated types for a damaged table
         raise DataError(f"cannot read {path}: {type(error).__name__}: {error}") from error

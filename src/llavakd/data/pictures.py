@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageOps
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llavakd.config import DataConfig
@@ -56,12 +55,9 @@ def upright_rgb(picture: Image.Image) -> Image.Image:
 
 def has_picture(data: DataConfig, name: str) -> bool:
     """Whether it is there, by its name alone; a folder is listed once, for asking it about each file is slow."""
-    if name.startswith("@"):
-        return True
-    if (folder := data.images or "").endswith(_ARCHIVES):
-        return name in _names(folder)
-    path = Path(folder) / name
-    return path.name in _names(str(path.parent))
+    folder = data.images or ""
+    place, inner = (folder, name) if folder.endswith(_ARCHIVES) else os.path.split(Path(folder) / name)
+    return name.startswith("@") or inner in _names(place)
 
 
 @lru_cache(maxsize=4)
@@ -88,10 +84,9 @@ class FeatureStore:
     """Features [P, N, D_v] of named pictures in one safetensors file, memory-mapped."""
 
     def __init__(self, path: Path) -> None:
-        with safe_open(str(path), framework="pt") as file:
-            self._features = file.get_tensor("features")
-            names = bytes(file.get_tensor("names").numpy().tobytes()).decode().split("\0")
-        self._index = {name: position for position, name in enumerate(names)}
+        held = load_file(path)
+        names = held["names"].numpy().tobytes().decode().split("\0")
+        self._features, self._index = held["features"], {name: position for position, name in enumerate(names)}
 
     def get(self, names: Sequence[str]) -> Tensor:
         """Features [len(names), N, D_v], in the order of `names`."""

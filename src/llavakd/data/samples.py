@@ -78,7 +78,7 @@ def load_samples(data: DataConfig, max_bad_rows: float = 0.0, *, find_pictures: 
 
     Raises DataError: an unreadable or malformed file; more than this share of wrong rows (the first are named).
     """
-    path, rows, mistakes, pictures = Path(data.path), 0, [], False
+    path, rows, mistakes = Path(data.path), 0, []
     places, lengths = array("Q"), array("i")
     for rows, (place, row) in enumerate(scan(path), start=1):
         try:
@@ -90,15 +90,16 @@ def load_samples(data: DataConfig, max_bad_rows: float = 0.0, *, find_pictures: 
             mistakes.append(str(error))
             continue
         if data.subset is None or _in_subset(sample.id, data.subset):
-            pictures = pictures or any(not name.startswith("@") for name in sample.images)
+            if data.images is None and any(not name.startswith("@") for name in sample.images):
+                raise DataError(
+                    f"{path} has rows with pictures, but the source has no `images`; set it to their folder"
+                )
             places.extend((*place, rows - 1))
             lengths.extend(word_lengths([sample]).tolist())
     if len(mistakes) > max_bad_rows * rows:
         raise too_many(mistakes, len(mistakes), rows, max_bad_rows)
     if not lengths and not mistakes:
         raise DataError(f"{path}: subset {data.subset} keeps none of {rows} rows; widen start and stop")
-    if data.images is None and pictures:
-        raise DataError(f"{path} has rows with pictures, but the source has no `images`; set it to their folder")
     table, words = np.array(places, np.uint64).reshape(-1, 3), np.array(lengths, np.int32)
     return Samples(path=path, rows=rows, mistakes=tuple(mistakes), places=table, lengths=words)
 
@@ -128,9 +129,8 @@ def parse_row(row: Any, place: str) -> Sample:
     names = [] if image is None else [image] if isinstance(image, str) else image
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise DataError(f"{place}: `image` is {image!r}, expected a file name or a list of them")
-    for name in names:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise DataError(f"{place}: `image` {name!r} leaves the picture folder; use a path inside it")
+    if outside := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise DataError(f"{place}: `image` {outside[0]!r} leaves the picture folder; use a path inside it")
     turns = _parse_turns(row, place)
     tags = sum(turn.images for turn in turns)
     if tags != len(names):

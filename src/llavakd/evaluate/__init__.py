@@ -38,7 +38,7 @@ def evaluate_model(
 
     With a teacher the row has `segments`, see `compare_segments`.
     """
-    metric = METRICS[evaluation.metric]
+    metric, images = METRICS[evaluation.metric], Path(data.images or "").resolve()
     for sample in samples:  # refuses a truth that the metric cannot read before anything is answered
         metric(Answer(sample=sample, prediction=""))
     answers = generate_answers(model, samples, data, evaluation, f"evaluate {name}")
@@ -46,14 +46,14 @@ def evaluate_model(
     with (place / "predictions.jsonl").open("w", encoding="utf-8") as file:
         for answer in answers:
             value, sample = metric(answer), answer.sample
-            line = {"id": sample.id, "type": sample.type, "images": _paths(sample, data)}
+            line = {"id": sample.id, "type": sample.type, "images": [str(images / name) for name in sample.images]}
             texts = {"question": sample.turns[-2].text, "truth": answer.truth, "prediction": answer.prediction}
             marks = {"correct": value >= 0.5}  # of a soft score: at least two of ten people say the same
             soft = {"score": value} if evaluation.metric == "vqa_accuracy" else {}
             file.write(json.dumps({**line, **texts, **marks, **soft}, ensure_ascii=False) + "\n")
     if probe := next((sample for sample in samples if sample.images), None):
         np.save(place / "gram.npy", probe_gram(model, probe, data))
-        shown = json.dumps({"id": probe.id, "images": _paths(probe, data)})
+        shown = json.dumps({"id": probe.id, "images": [str(images / name) for name in probe.images]})
         (folder / "probe.json").write_text(shown, encoding="utf-8")
     return {
         "name": name,
@@ -102,12 +102,14 @@ def compare_segments(
     """
     shared, renderer = align(student, teacher).vocab_size, student.renderer(data)
     heads = [model.head[:shared].float() for model in (student, teacher)]
+    chunk = rows_at_once(shared, 4, heads[0].device.type)
     found: dict[str, list[Tensor]] = {"response": [], "visual": []}
     for index in range(count := min(_COMPARED_ROWS, len(samples))):
         sample = samples[index * len(samples) // count]
         text = renderer.render(sample)
         segments = torch.tensor(text.segments)
-        table = _distances([_hidden(model, text, sample, data) for model in (student, teacher)], heads)
+        hidden = (_hidden(model, text, sample, data).split(chunk) for model in (student, teacher))
+        table = torch.cat([_distances(states, heads) for states in zip(*hidden, strict=True)])
         found["response"].append(table[:-1][segments[1:] == Segment.RESPONSE])
         found["visual"].append(table[segments == Segment.VISUAL])
     names = ("kl", "agreement", "teacher_entropy")
@@ -138,14 +140,6 @@ def _hidden(model: VisionLanguageModel, text: Rendered, sample: Sample, data: Da
 
 def _distances(hidden: Sequence[Tensor], heads: Sequence[Tensor]) -> Tensor:
     """float64 [T, 3]: KL, equal likeliest ids and teacher entropy, from both models' states [T, D] and heads [V, D]."""
-    parts = []
-    chunk = rows_at_once(len(heads[0]), 4, heads[0].device.type)
-    for states in zip(*(part.split(chunk) for part in hidden), strict=True):
-        logq, logp = (F.log_softmax(part.float() @ head.T, dim=-1) for part, head in zip(states, heads, strict=True))
-        p, same = logp.exp(), logq.argmax(-1) == logp.argmax(-1)
-        parts.append(torch.stack([(p * (logp - logq)).sum(-1), same, -(p * logp).sum(-1)], dim=1).double().cpu())
-    return torch.cat(parts)
-
-
-def _paths(sample: Sample, data: DataConfig) -> list[str]:
-    return [str(Path(data.images or "").resolve() / name) for name in sample.images]
+    logq, logp = (F.log_softmax(states.float() @ head.T, dim=-1) for states, head in zip(hidden, heads, strict=True))
+    p, same = logp.exp(), logq.argmax(-1) == logp.argmax(-1)
+    return torch.stack([(p * (logp - logq)).sum(-1), same, -(p * logp).sum(-1)], dim=1).double().cpu()

@@ -39,9 +39,6 @@ class LogitForm(NamedTuple):
     cap: float = 0.0
 
 
-_PLAIN = LogitForm()
-
-
 class Scoring(NamedTuple):
     """What a scorer of a chunk's logits is to compute."""
 
@@ -66,8 +63,8 @@ def distill_rows(
     vocab_size: int | None = None,
     chunk_rows: int | None = None,
     backend: Literal["auto", "torch", "triton"] = "auto",
-    student_form: LogitForm = _PLAIN,
-    teacher_form: LogitForm = _PLAIN,
+    student_form: LogitForm = LogitForm(),
+    teacher_form: LogitForm = LogitForm(),
 ) -> RowLosses:
     """Weighted sums of next-token cross-entropy and teacher-student divergence over N rows.
 
@@ -98,12 +95,11 @@ def distill_rows(
     Raises:
         ValueError: unequal heads without `vocab_size`, a label outside it, no teacher, wrong divergence, beta, backend.
     """
-    kind = resolve(divergence, beta)
     vocab_size = shared_width(student_head, teacher_head, vocab_size)
     if teacher_hidden is None and bool((kl_weight != 0).any()):
         raise ValueError("kl_weight asks for a divergence, but teacher_hidden is None; give a teacher or zero weights")
     kernel, dtype = _kernel(backend, student_hidden), operand_dtype(student_hidden)
-    how = Scoring(kind, beta, temperature, (student_form, teacher_form))
+    how = Scoring(resolve(divergence, beta), beta, temperature, (student_form, teacher_form))
     teacher_weight = None if teacher_head is None else teacher_head[:vocab_size].detach().to(dtype)
 
     def score(
@@ -144,8 +140,7 @@ class Sweep(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """(CE [N], divergence [N], gradients to hidden and head or None); `given` must be cut to the `live` rows."""
         dtype, exact, narrow = operand_dtype(hidden), exact_dtype(hidden), gradient_dtype(hidden)
-        default = rows_at_once(self.vocab_size, narrow.itemsize, head.device.type)
-        chunk_rows = default if self.chunk_rows is None else self.chunk_rows
+        chunk_rows = self.chunk_rows or rows_at_once(self.vocab_size, narrow.itemsize, head.device.type)
         total, count, together = len(hidden), len(live), GRADIENT_CHUNKS * chunk_rows
         weight = head[: self.vocab_size].to(dtype)
         weight_again = weight.to(narrow)
@@ -182,7 +177,6 @@ class _ScoreRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, ce_weight: Tensor, kl_weight: Tensor, run: partial[Any]) -> Any:
-        ctx.set_materialize_grads(False)
         ctx.run = run
         ctx.save_for_backward(hidden, head, ce_weight, kl_weight)
         ce_rows, kl_rows, *ctx.grads = run(hidden, head, ce_weight, kl_weight, ctx.needs_input_grad)
@@ -193,17 +187,15 @@ class _ScoreRows(torch.autograd.Function):
         return ce, kl, ce_rows, kl_rows
 
     @staticmethod
-    def backward(ctx: Any, grad_ce: Tensor | None, grad_kl: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_ce: Tensor, grad_kl: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
         kept, ctx.grads = ctx.grads, None
         # A sum hands the same gradient to both; read off the pointers, so that no device is waited for.
-        if kept and grad_ce is not None and grad_kl is not None and grad_ce.data_ptr() == grad_kl.data_ptr():
+        if kept and grad_ce.data_ptr() == grad_kl.data_ptr():
             return *(None if grad is None else grad.mul_(grad_ce) for grad in kept), None, None, None
         del kept
         hidden, head, ce_weight, kl_weight = ctx.saved_tensors
-        ce_weight = ce_weight * (0.0 if grad_ce is None else grad_ce)
-        kl_weight = kl_weight * (0.0 if grad_kl is None else grad_kl)
-        _, _, *grads = ctx.run(hidden, head, ce_weight, kl_weight, ctx.needs_input_grad)
+        _, _, *grads = ctx.run(hidden, head, ce_weight * grad_ce, kl_weight * grad_kl, ctx.needs_input_grad)
         return *grads, None, None, None
 
 

@@ -41,14 +41,12 @@ def align(student: VisionLanguageModel, teacher: VisionLanguageModel) -> Pair:
             f"visual tokens per picture: student {student.tokens_per_image}, teacher {teacher.tokens_per_image}; give both "
             "the same vision_feature_select_strategy and a tower of the same grid"
         )
-    head_rows = min(len(student.head), len(teacher.head))
-    vocab_size = shared_vocabulary(student.tokenizer, teacher.tokenizer, head_rows)
+    vocab_size = shared_vocabulary(student.tokenizer, teacher.tokenizer, min(len(student.head), len(teacher.head)))
     ours, theirs = (model.image_processor.to_dict() for model in (student, teacher))
     differing = [key for key in _PIXELS if (ours.get(key) or None) != (theirs.get(key) or None)]
     shared = not differing and _same_tower(student, teacher)
-    found: dict[str, Any] = {"vocab_size": vocab_size, "shared_tower": shared}
-    note = render("pair.jinja", student=student, teacher=teacher, differing=differing, **found)
-    return Pair(**found, shared_pixels=not differing, note=note)
+    found: dict[str, Any] = {"vocab_size": vocab_size, "shared_tower": shared, "shared_pixels": not differing}
+    return Pair(**found, note=render("pair.jinja", student=student, teacher=teacher, differing=differing, **found))
 
 
 def shared_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, head_rows: int) -> int:

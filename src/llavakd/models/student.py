@@ -128,9 +128,13 @@ def outline_student(config: StudentConfig) -> VisionLanguageModel:
 def student_config(config: StudentConfig, image_processor: Any = None) -> Any:
     """The student's configuration from its parts' config.json, for pictures as this processor or the tower makes them."""
     vision = parts.load(AutoConfig, config.vision_tower, key="student.vision_tower")
-    vision = parts.tower_config(vision, config.vision_tower)
     text = parts.load(AutoConfig, config.language_model, key="student.language_model")
-    text = getattr(text, "text_config", text)
+    return join_configs(config, vision, text, image_processor)
+
+
+def join_configs(config: StudentConfig, vision: Any, text: Any, image_processor: Any) -> Any:
+    """A whole model's configuration from those of its parts; raises ModelError."""
+    vision, text = parts.tower_config(vision, config.vision_tower), getattr(text, "text_config", text)
     strategy = config.vision_feature_select_strategy
     count = parts.count_image_tokens(vision, strategy, image_processor)
     settings = {

@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_utils import load_state_dict
 
+from llavakd.config import StudentConfig
 from llavakd.models import parts
 from llavakd.models.parts import ModelError
-from llavakd.models.student import VisionLanguageModel, outline, save_model
+from llavakd.models.student import VisionLanguageModel, join_configs, outline, save_model
 from llavakd.templates import render
 
 _SPELLED = yaml.safe_load((Path(__file__).parents[1] / "assets" / "checkpoints.yaml").read_text(encoding="utf-8"))
@@ -43,12 +44,15 @@ def convert(source: Path, target: Path, *, tokenizer: str | None = None, vision_
     words_from = _place("--tokenizer", tokenizer, source / "tokenizer_config.json", named)
     tower = vision_tower or config.get("vision_model_name_or_path")
     pixels_from = _place("--vision-tower", vision_tower, source / "preprocessor_config.json", tower)
-    pixels = parts.load_image_processor(pixels_from, mode=config["image_aspect_ratio"])
-    llava = _llava_config(config, str(tower), pixels)
+    form = StudentConfig(vision_tower=str(tower), language_model=str(source), **config["form"])
+    pixels = parts.load_image_processor(pixels_from, mode=form.image_mode)
+    original = "mm_vision_tower" in config
+    vision = parts.load(AutoConfig, str(tower)) if original else _part_config(config, "vision_config")
+    llava = join_configs(form, vision, _part_config(config, "text_config"), pixels)
     words = parts.load(AutoTokenizer, words_from, config=llava.text_config)
     found = {key: tensor for key, tensor in _read_weights(source).items() if not _UNUSED.search(key)}
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in found.values()))
-    state = _match(found, llava, config, str(tower))
+    state = _match(found, llava, form, "original" if original else "tiny")
     model = LlavaForConditionalGeneration.from_pretrained(None, config=llava, state_dict=state, dtype=dtype)
     parts.check_language_model(parts.extract_language_model(model), str(source))
     if max(words.get_vocab().values()) >= (rows := len(model.lm_head.weight)):
@@ -57,11 +61,11 @@ def convert(source: Path, target: Path, *, tokenizer: str | None = None, vision_
     model.resize_token_embeddings(model.config.text_config.vocab_size)
     whole = VisionLanguageModel(model=model, tokenizer=words, image_processor=pixels)
     save_model(whole, target, template="vicuna_v1")
-    return render("converted.jinja", target=target, whole=whole, config=config, places=(words_from, pixels_from))
+    return render("converted.jinja", target=target, whole=whole, form=form, places=(words_from, pixels_from))
 
 
 def _read_config(source: Path) -> dict[str, Any]:
-    """config.json in TinyLLaVA's words, of a kind that stock Llava can hold."""
+    """config.json of a kind that stock Llava can hold; its `form` is what it says in StudentConfig's words."""
     config = _read_json(source / "config.json")
     original = "mm_vision_tower" in config
     if not ("connector_type" in config or (original and config.get("model_type") in ("llava", "llava_llama"))):
@@ -74,12 +78,15 @@ def _read_config(source: Path) -> dict[str, Any]:
         text = {key: value for key, value in config.items() if key in fields}
         config["text_config"] = text | {"architectures": None, "model_type": "llama"}
         config["vision_model_name_or_path"] = config["mm_vision_tower"]
-    for key, (theirs, default, known) in _SPELLED["settings"].items():
-        said = theirs if original else key
-        config[key] = default if config.get(said) is None else config[said]
-        if config[key] not in (known or range(-99, 100)):
-            raise ModelError(f"{source}: config.json has {said} {config[key]!r}; convertible: {known or 'a layer'}")
-    return config
+    form = {}
+    for field, (tiny, theirs, default, known) in _SPELLED["settings"].items():
+        said = theirs if original else tiny
+        value = default if config.get(said) is None else config[said]
+        if value not in ([*known] or range(-99, 100)):
+            raise ModelError(f"{source}: config.json has {said} {value!r}; convertible: {[*known] or 'a layer'}")
+        form[field] = known.get(value, value)
+    form.pop("marks")  # around a picture: there are none
+    return config | {"form": form}
 
 
 def _place(option: str, given: str | None, own: Path, named: str | None) -> str:
@@ -90,22 +97,6 @@ def _place(option: str, given: str | None, own: Path, named: str | None) -> str:
     return place
 
 
-def _llava_config(config: dict[str, Any], tower: str, pixels: Any) -> LlavaConfig:
-    text = _part_config(config, "text_config")
-    mm = "mm_vision_tower" in config
-    vision = parts.tower_config(parts.load(AutoConfig, tower) if mm else _part_config(config, "vision_config"), tower)
-    strategy = _SPELLED["strategies"][config["vision_feature_select_strategy"]]
-    return LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        projector_hidden_act=parts.PROJECTORS[config["connector_type"]],
-        vision_feature_layer=config["vision_feature_layer"],
-        vision_feature_select_strategy=strategy,
-        image_seq_length=parts.count_image_tokens(vision, strategy, pixels),
-        tie_word_embeddings=text.tie_word_embeddings,
-    )
-
-
 def _part_config(config: dict[str, Any], part: str) -> Any:
     settings = {key: value for key, value in (config.get(part) or {}).items() if "name_or_path" not in key}
     try:
@@ -114,18 +105,18 @@ def _part_config(config: dict[str, Any], part: str) -> Any:
         raise ModelError(f"config.json: {part} has model_type {settings.get('model_type')!r}, unknown here") from error
 
 
-def _match(left: dict[str, Tensor], llava: LlavaConfig, config: dict[str, Any], tower: str) -> dict[str, Tensor]:
+def _match(left: dict[str, Tensor], llava: LlavaConfig, form: StudentConfig, spelling: str) -> dict[str, Tensor]:
     """The tensors under transformers' names: each wanted one once and of its shape, none left over."""
     wanted = outline(llava).model.state_dict()
-    spelled = dict(_SPELLED["parts"]["original" if "mm_vision_tower" in config else "tiny"])
+    spelled = dict(_SPELLED["parts"][spelling])
     head, text, vision, projector = spelled
-    if "mm_vision_tower" in config and not any(key.startswith(spelled[vision]) for key in left):
-        weights = parts.load_vision_tower(tower, scratch=False).state_dict()
+    if spelling == "original" and not any(key.startswith(spelled[vision]) for key in left):
+        weights = parts.load_vision_tower(form.vision_tower, scratch=False).state_dict()
         left |= {spelled[vision] + key: tensor for key, tensor in weights.items()}
     if any(key.startswith(f"{spelled[vision]}vision_model.") for key in left):
         spelled[vision] += "vision_model."
-    theirs, layers = spelled.pop(projector), _SPELLED["connectors"][config["connector_type"]]
-    spelled |= {projector + layer: theirs + spelling for layer, spelling in layers.items()}
+    theirs, layers = spelled.pop(projector), _SPELLED["connectors"][form.projector]
+    spelled |= {projector + layer: theirs + number for layer, number in layers.items()}
     names = {name: spelled[p] + name.removeprefix(p) for p in spelled for name in wanted if name.startswith(p)}
     if llava.tie_word_embeddings:
         pair = (names[f"{text}embed_tokens.weight"], names[f"{head}weight"])
