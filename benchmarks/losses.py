@@ -259,7 +259,7 @@ def render(source: Path) -> None:
         "\n".join(lines) + "\n\n![time](performance-losses.png)\n", encoding="utf-8"
     )
     pairs = list(dict.fromkeys(line["pair"] for line in found["speed"]))
-    figure, axes = plt.subplots(1, len(pairs), figsize=(6 * len(pairs), 4), squeeze=False)
+    figure, axes = plt.subplots(1, len(pairs), figsize=(6 * len(pairs) + 2, 4), squeeze=False, layout="constrained")
     for axis, pair in zip(axes[0], pairs, strict=True):
         for name in dict.fromkeys(line["name"] for line in found["speed"]):
             points = [
@@ -270,8 +270,7 @@ def render(source: Path) -> None:
             axis.plot(*zip(*points, strict=True), marker="o", label=name) if points else None
         axis.set(title=pair, xlabel="rows", ylabel="milliseconds, forward and backward", yscale="log", xscale="log")
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     figure.savefig(docs / "performance-losses.png", dpi=150)
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/step.py --out benchmarks/results/step.json --profile    # on one H200, about six minutes
     python benchmarks/step.py --out /tmp/step.json --tiny                     # anywhere, in seconds: does it run?
+    python benchmarks/step.py --render benchmarks/results/step.json           # docs/performance-step.png
 
 SigLIP-so400m-384, Qwen2.5-3B -> 0.5B, random weights, the same rows for all: 20 tokens, 729 of a picture, 180 of which the
 last 100 are the answer. No optimiser step, but for the contender that says so. The reference holds its student in bfloat16
@@ -299,10 +300,45 @@ def run(results: Results, size: Size, device: str, *, compile_whole: bool, table
                     results.note("profile", place, partial(write_profile, table, case, contender, device))
 
 
+SHOWN = ("reference", "ours", "ours, both compiled", "ours, both compiled, fp8 teacher")
+COLOURS = {  # of the parts, from below
+    "tower": "#9467bd",
+    "teacher with its tower": "#c6866b",
+    "teacher forward": "#8c564b",
+    "student with its tower": "#9edae5",
+    "student forward": "#17becf",
+    "loss": "#2ca02c",
+    "backward": "#1f77b4",
+}
+
+
+def render(source: Path) -> None:
+    """docs/performance-step.png from a results file: the parts of a step on one another, beside the floor."""
+    import matplotlib.pyplot as plt
+
+    found = json.loads(source.read_text(encoding="utf-8"))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    for axis, stage in zip(axes, ("dft", "dpt"), strict=True):
+        lines = [line for line in found["steps"] if line["stage"] == stage and line["name"] in SHOWN and "ms" in line]
+        below = [0.0] * len(lines)
+        for part, colour in COLOURS.items():
+            heights = [line["parts_ms"].get(part, 0.0) for line in lines]
+            names = [line["name"].replace(" ", "\n") for line in lines]
+            axis.bar(names, heights, bottom=below, label=part, color=colour)
+            below = [low + height for low, height in zip(below, heights, strict=True)]
+        floor = next(line["ms"] for line in found["floor"] if line["stage"] == stage)
+        axis.axhline(floor, color="black", linestyle="--", linewidth=1, label="floor: the products alone")
+        axis.set(title=f"{stage}, {lines[0]['rows']} rows", ylabel="milliseconds", ylim=(0, 1.1 * max(below)))
+        axis.label_outer()
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
+    figure.savefig(Path("docs") / "performance-step.png", dpi=110)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--render", type=Path, help="docs/performance-step.png from this results file, and no more")
     parser.add_argument("--tiny", action="store_true", help="models of a few layers, to see that everything runs")
     parser.add_argument("--profile", action="store_true", help="operators by time beside the JSON, as .txt")
     parser.add_argument("--compile", choices=("layers", "decoder"), default="layers", help="what is compiled at a time")
@@ -312,6 +348,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--minutes", type=float, default=5.5, help="after these no new measurement is begun")
     options = parser.parse_args(argv)
+    if options.render:
+        return render(options.render)
+    if not options.out:
+        parser.error("give --out or --render")
     size = TINY if options.tiny else Size()
     given = {"backend": options.backend, "rows": tuple(options.rows) if options.rows else None}
     size = dataclasses.replace(size, **{name: value for name, value in given.items() if value})

@@ -94,10 +94,11 @@ def run(recipe: Recipe, size: Size, device: str, out: Path) -> None:
     mean = MEAN_ANSWER if not size.small else 8
     rows, tokens = draw_rows(size, STEPS * STEP_ROWS, mean), MICRO * (size.visual + 2 * BEFORE + mean)
     found: dict[str, Any] = {"environment": environment(device), "rows": len(rows), "max_tokens": tokens, "kinds": []}
-    for model in (models.student.model, models.teacher.model):
+    both = models.student.model, models.teacher.model
+    for model in both:
         if device == "cuda":
             attend_by_rows(model)
-        compile_layers(model, backend=size.backend)
+    compile_layers(*both, backend=size.backend)
     state = prepared(stage, models.student, models.teacher, vocab_size=len(models.student.head))
     set_learning_rate(state.optimizer, 0.0)  # all see the same weights
     for kind in ("padded, as they come", "padded, sorted", "packed"):

@@ -92,8 +92,9 @@ def step() -> str:
     rows: list[tuple[str, ...]] = []
     for stage in ("dft", "dpt", "sft"):
         floor = next(line for line in told["floor"] if (line["stage"], line["rows"]) == (stage, most))
-        rows.append((stage, "floor: its products at the rate measured", f"{floor['ms']:.0f}", "", "", ""))
         lines = [line for line in told["steps"] if (line["stage"], line["rows"]) == (stage, most)]
+        if lines:  # a stage that the time was not enough for has none
+            rows.append((stage, "floor: its products at the rate measured", f"{floor['ms']:.0f}", "", "", ""))
         rows += [(stage, line["name"], *_step_cost(line)) for line in lines]
     header = ["stage", f"{most} rows", "ms", "x reference", "GiB", "x reference"]
     return measured(told["environment"]) + table(header, rows, text_columns=2)
@@ -150,6 +151,16 @@ def packing() -> str:
         for line in told["kinds"]
     ]
     header = [f"{told['rows']} rows", "padding", "tokens/s", "x padded", "peak GiB", "mean loss"]
+    return measured(told["environment"]) + table(header, rows)
+
+
+def loader() -> str:
+    """Rows a second of the trainer's own loader, and what a step waits for."""
+    told = read("pipeline")
+    rate = {line["workers"]: line["rows_per_s"] for line in told["loader"] if not line["step_ms"]}
+    steps = [line for line in told["loader"] if line["step_ms"]]
+    rows = [(f"{line['workers']}", f"{rate[line['workers']]:.0f}", f"{line['waiting']:.2%}") for line in steps]
+    header = ["workers", "rows/s, as fast as it can", f"of a step of {steps[0]['step_ms']:.0f} ms, waiting"]
     return measured(told["environment"]) + table(header, rows)
 
 
@@ -259,6 +270,7 @@ TABLES = {
     "step parts": step_parts,
     "step exactness": step_exactness,
     "packing": packing,
+    "loader": loader,
     "plan measured": plan_measured,
     "gpu tests": gpu_tests,
     "plan": plan,

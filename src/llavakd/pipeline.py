@@ -196,11 +196,12 @@ def _train(run: Run, stage: StageConfig, before: StageConfig | None) -> dict[str
 def _make_fast(recipe: Recipe, state: TrainState) -> None:
     """Set attention, compilation and checkpointing as they are to be."""
     student, teacher = state.student.model, state.teacher
-    for model in [student, *([teacher.model] if teacher else [])]:
-        if state.accelerator.device.type == "cuda" and recipe.precision == "bf16":
+    models = [student, teacher.model] if teacher else [student]
+    if state.accelerator.device.type == "cuda" and recipe.precision == "bf16":
+        for model in models:
             attend_by_rows(model)
-        if recipe.compile:
-            compile_layers(model)
+    if recipe.compile:
+        compile_layers(*models)
     if recipe.gradient_checkpointing:
         student.gradient_checkpointing_enable()
 

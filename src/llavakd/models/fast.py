@@ -48,10 +48,18 @@ def attend_by_rows(model: LlavaForConditionalGeneration) -> None:
         model.model.language_model.set_attn_implementation(_NAME)
 
 
-def compile_layers(model: LlavaForConditionalGeneration, **options: Any) -> None:
-    """Compile each layer of tower and language model, with torch.compile's options; equal layers share what is compiled."""
+def compile_layers(
+    student: LlavaForConditionalGeneration, *others: LlavaForConditionalGeneration, **options: Any
+) -> None:
+    """Compile each layer of all towers and language models, with torch.compile's options; equal layers share the result.
+
+    Layers of a language model that learns keep _KEPT of their activations and make the rest again, the cheapest first.
+    """
     torch.compiler.reset()  # what an earlier stage compiled counts against a limit
-    torch._functorch.config.activation_memory_budget = _KEPT
-    for stack in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
+    learns = any(weight.requires_grad for weight in student.model.language_model.parameters())
+    torch._functorch.config.activation_memory_budget = _KEPT if learns else 1.0
+    for stack in (
+        module for model in (student, *others) for module in model.modules() if isinstance(module, nn.ModuleList)
+    ):
         for layer in stack:
             layer.compile(**options)
