@@ -107,6 +107,18 @@ def _step_cost(line: dict[str, Any]) -> tuple[str, ...]:
     return f"{line['ms']:.0f}", f"{share[0]:.2f}", f"{line['gib']:.1f}", f"{share[1]:.2f}"
 
 
+def step_headline() -> str:
+    """The distilling step in three lines."""
+    lines = {line["name"]: line for line in read("step")["steps"] if (line["stage"], line["rows"]) == ("dft", 16)}
+    names = {
+        "reference": "what the released trainer computes",
+        "ours, both compiled": "`compile: true`",
+        "ours, both compiled, fp8 teacher": "`compile: true`, `teacher.quantize: fp8`",
+    }
+    rows = [(text, *_step_cost(lines[name])) for name, text in names.items()]
+    return table(["", "ms", "", "GiB", ""], rows)
+
+
 def step_parts() -> str:
     """Milliseconds by part of the distilling stages."""
     told = read("step")
@@ -267,6 +279,7 @@ TABLES = {
     "losses": losses,
     "errors": errors,
     "step": step,
+    "step headline": step_headline,
     "step parts": step_parts,
     "step exactness": step_exactness,
     "packing": packing,
