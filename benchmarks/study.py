@@ -52,7 +52,7 @@ PARTS: dict[str, dict[str, Cell]] = {
     },
     "teachers": {name: {"teacher": name} for name in ("middling", "weak")},
     "divergences": {kind: {"losses": FULL | {"divergence": kind}} for kind in ("reverse_kl", "jsd")},
-    "weights": {f"full, cross-entropy at {weight}": {"losses": FULL | {"ce": weight}} for weight in (0.3, 0.1)},
+    "weights": {"full, cross-entropy at 0.1": {"losses": FULL | {"ce": 0.1}}},
     "data": {
         f"1,500 scenes, {name}": {"stages": stages, "world": {"scenes": 1500}}
         for name, stages in (("control", "pt-sft-sft"), ("distilled", "dpt-sft-dft"))
