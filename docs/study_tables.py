@@ -108,6 +108,33 @@ def kinds() -> str:
     return table(["kind", "most frequent answer, %", "`pt-sft-sft`, %", "`dpt-sft-dft`, %", "difference"], rows)
 
 
+def past_plateau() -> str:
+    """Recipes of three stages on the kinds that the control answers better than the most frequent answer does."""
+    control = list(cells()[CONTROL].values())
+    left = [
+        kind
+        for kind in control[0]["by_type"]
+        if fmean(line["by_type"][kind] for line in control) > fmean(line["majority_by_type"][kind] for line in control)
+    ]
+
+    def score(cell: str) -> dict[int, float]:
+        return shares(cell, lambda line: fmean(line["by_type"][kind] for kind in left))
+
+    rows, two = [], score(CONTROL)
+    for cell in [cell for cell in ordered("recipes") if cell.count("-") == CONTROL.count("-")]:
+        one = score(cell)
+        seeds = sorted(one.keys() & two.keys())
+        gap = over_seeds([100 * (one[seed] - two[seed]) for seed in seeds]) if cell != CONTROL else None
+        shown = ("", "", "")
+        if gap:
+            closed = fmean((one[seed] - two[seed]) / (TEACHER - two[seed]) for seed in seeds)
+            p = "< 0.001" if gap.p < 0.001 else f"{gap.p:.3f}"
+            shown = (f"{gap.value:+.1f} ± {gap.half_width:.1f}", p, f"{100 * closed:.0f} %")
+        rows.append((f"`{cell.partition('/')[2]}`", str(len(one)), mean(one.values()), *shown))
+    header = [f"without {', '.join(kind for kind in control[0]['by_type'] if kind not in left)}", "seeds"]
+    return table([*header, "right, %", "to the control", "p", "gap to the teacher closed"], rows)
+
+
 def common(*names: str) -> list[int]:
     """Seeds that all of them have."""
     return sorted(set.intersection(*(set(cells()[name]) for name in names)))
@@ -215,6 +242,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "study": setting,
     "study recipes": recipes,
     "study kinds": kinds,
+    "study past the plateau": past_plateau,
     "study losses": losses,
     "study terms": terms,
     "study segments": segments,
