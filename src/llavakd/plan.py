@@ -65,6 +65,8 @@ def plan_run(
     """
     if gpu not in GPUS:
         raise UserError(f"--gpu: {gpu!r} is not known{nearest(gpu, GPUS)}; known are {', '.join(GPUS)}")
+    if gpus < 1 or not 0 < efficiency <= 1:
+        raise UserError(f"got --gpus {gpus} and --efficiency {efficiency}; expected at least 1, and a share up to 1")
     recipe = resolve_paths(recipe, Path("runs") / recipe.name)
     models = {"student": outline(student_config(recipe.student))}
     if recipe.teacher and any(stage.losses.distils for stage in recipe.stages):

@@ -354,3 +354,8 @@ def test_the_comparison_detects_a_dropped_weight(dropped):
     ce, kl, *_ = oracle(given, SHARED)
     with pytest.raises(AssertionError, match="off by"):
         assert_near(result.ce + result.kl, ce + kl)
+
+
+def test_a_chunk_of_no_rows_is_refused_and_not_taken_for_the_default():
+    with pytest.raises(ValueError, match="must not be zero"):
+        distill_rows(**inputs(), vocab_size=SHARED, chunk_rows=0)

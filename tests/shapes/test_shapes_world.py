@@ -292,7 +292,7 @@ def test_bad_places_and_numbers_are_refused_before_anything_is_written(tmp_path:
     good: dict[str, Any] = {"scenes": 1, "seed": 0, "test_questions": 2, "workers": 1}
     for name, least in good.items():
         workers = (wrong := {**good, name: least - 1}).pop("workers")
-        told = f"{name}: got {least - 1}; " if name != "workers" else "max_workers must be greater than 0"
+        told = f"{name}: got {least - 1}; " if name != "workers" else "got workers=0, expected at least 1"
         with pytest.raises(ValueError, match=told):
             write_world(tmp_path / "new", WorldConfig(**wrong), workers=workers)
     assert not (tmp_path / "new").exists()

@@ -140,7 +140,8 @@ class Sweep(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """(CE [N], divergence [N], gradients to hidden and head or None); `given` must be cut to the `live` rows."""
         dtype, exact, narrow = operand_dtype(hidden), exact_dtype(hidden), gradient_dtype(hidden)
-        chunk_rows = self.chunk_rows or rows_at_once(self.vocab_size, narrow.itemsize, head.device.type)
+        default = rows_at_once(self.vocab_size, narrow.itemsize, head.device.type)
+        chunk_rows = default if self.chunk_rows is None else self.chunk_rows
         total, count, together = len(hidden), len(live), GRADIENT_CHUNKS * chunk_rows
         weight = head[: self.vocab_size].to(dtype)
         weight_again = weight.to(narrow)

@@ -101,6 +101,8 @@ def write_world(directory: Path, world: WorldConfig, *, workers: int = 1) -> tup
     UserError, with nothing written, where the folder is not empty or a number of `world` is out of its range.
     """
     checked(WorldConfig, vars(world))
+    if workers < 1:
+        raise UserError(f"got workers={workers}, expected at least 1; raise workers")
     # Not forked: the caller may hold threads, as everyone does who has imported torch.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers != 1 else nullcontext()
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
