@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from plan_measured import batch_of, stage_of, whole
-from step_contenders import TINY, Size, cast, read_recipe, shrink
+from step_contenders import TINY, Size, cast, fit, read_recipe
 from transformers import AutoConfig
 
 from llavakd.config import Recipe
@@ -45,10 +45,7 @@ SHARDINGS = ("none", "student", "both")
 
 def random_model(config: Any, size: Size, device: torch.device, seed: int) -> VisionLanguageModel:
     """A float32 model, the same in all processes."""
-    config.vision_feature_select_strategy, config.image_seq_length = "full", size.visual
-    config.image_token_id, config.vision_config.vision_use_head = size.vocabulary - 1, False
-    if size.small:
-        shrink(config, size, 32 * seed)
+    fit(config, size, seed)
     torch.manual_seed(seed)
     return whole(config, torch.float32, str(device))
 

@@ -153,11 +153,7 @@ def make_models(recipe: Recipe, size: Size, device: str, compile_whole: bool) ->
     configs = {"student": student_config(recipe.student), "teacher": AutoConfig.from_pretrained(recipe.teacher.path)}
     made = {}
     for number, (name, config) in enumerate(configs.items(), start=1):
-        config.vision_feature_select_strategy, config.image_seq_length = "full", size.visual
-        config.image_token_id = size.vocabulary - 1
-        config.vision_config.vision_use_head = False  # transformers 5.17 does not know it until it is set
-        if size.small:
-            shrink(config, size, 32 * number)
+        fit(config, size, number)
         torch.manual_seed(number)
         made[name] = whole(config, torch.float32, device)
     student, teacher = made["student"], made["teacher"]
@@ -170,6 +166,15 @@ def make_models(recipe: Recipe, size: Size, device: str, compile_whole: bool) ->
     compiler = partial(compile_modules, backend=size.backend, compile_whole=compile_whole)
     compiled = {name: compiler(model) for name, model in made.items()}
     return Models(student=student, narrow=narrow, teacher=teacher, compiled=compiled, compile=compiler)
+
+
+def fit(config: Any, size: Size, number: int) -> None:
+    """Make a model's configuration one for these rows; of a small size the width tells its number."""
+    config.vision_feature_select_strategy, config.image_seq_length = "full", size.visual
+    config.image_token_id = size.vocabulary - 1
+    config.vision_config.vision_use_head = False  # transformers 5.17 does not know it until it is set
+    if size.small:
+        shrink(config, size, 32 * number)
 
 
 def shrink(config: Any, size: Size, width: int) -> None:

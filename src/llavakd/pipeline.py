@@ -211,10 +211,9 @@ def _quantize(run: Run, stage: StageConfig, teacher: VisionLanguageModel | None)
     config, accelerator, drift = run.recipe.teacher, run.accelerator, dict[str, float]()
     if not config or not teacher or config.quantize == "none":
         return {}
-    exact = load_teacher(config)
-    for model in (teacher, exact):
-        model.model.to(accelerator.device)
-    quantize(teacher, config.quantize)
+    teacher.model.to(accelerator.device)
+    quantize(teacher, config.quantize)  # before the other one comes: it may refuse, and makes room
+    (exact := load_teacher(config)).model.to(accelerator.device)
     distilled = ("response", "visual") if stage.losses.visual_kl or stage.losses.relation else ("response",)
     for name in stage.sources:
         data, samples = run.recipe.data[name], run.samples[name]

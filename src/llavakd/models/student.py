@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, LlavaForConditionalGeneration, PreTrainedTokenizerBase
@@ -243,11 +244,9 @@ def final_hidden(
     # Without a mask stock models make one from the positions: of blocks, one a row.
     seen: dict[str, Any] = {"attention_mask": sent(attention_mask, device)}
     if position_ids is not None:
-        starts = torch.cat(
-            [(position_ids[0] == 0).nonzero().squeeze(1), position_ids.new_tensor(position_ids.shape)[1:]]
-        )
-        ends = sent(starts.int(), device), int(starts.diff().max())
-        seen = {"position_ids": sent(position_ids, device), "cu_seq_lens_q": ends[0], "max_length_q": ends[1]}
+        ends = F.pad((position_ids[0] == 0).nonzero().squeeze(1), (0, 1), value=position_ids.shape[1]).int()
+        seen = {"cu_seq_lens_q": sent(ends, device), "max_length_q": int(ends.diff().max())}
+        seen |= {"position_ids": sent(position_ids, device)}
     # The id at a picture position is only a mark; it may lie outside this model's vocabulary.
     embedded = model.get_input_embeddings()(sent(input_ids.masked_fill(visual, 0), device))
     if features is not None:

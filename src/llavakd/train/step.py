@@ -111,7 +111,7 @@ def check_finite(results: Sequence[StepResult], stage: StageConfig) -> None:
 
 def _forward(state: TrainState, batch: Batch, counts: Counts) -> Objective:
     device, teacher, taught = state.accelerator.device, state.teacher, None
-    pixels, own = batch.pixel_values, batch.teacher_pixel_values
+    pixels = batch.pixel_values
     features = None if batch.features is None else sent(batch.features, device)
     tower_learns = "vision_tower" in state.stage.train
     with torch.no_grad():
@@ -122,7 +122,7 @@ def _forward(state: TrainState, batch: Batch, counts: Counts) -> Objective:
         if teacher and state.pair:
             seen, visual = features, batch.segments == Segment.VISUAL
             if pixels is not None and (tower_learns or not state.pair.shared_tower):
-                own = pixels if state.pair.shared_pixels else own
+                own = pixels if state.pair.shared_pixels else batch.teacher_pixel_values
                 assert own is not None, "the teacher has another image processor, but the batch lacks its pixels"
                 seen = vision_features(teacher.model, sent(own, device).to(teacher.model.dtype))
             given = batch.input_ids, batch.attention_mask, visual, seen, batch.position_ids
