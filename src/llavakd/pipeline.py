@@ -107,13 +107,14 @@ def draw_world(recipe: Recipe, out: Path) -> None:
 def _make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
     if other := [name for name in ("DEEPSPEED", "FSDP") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]:
         raise UserError(f"accelerate is set up for {other[0]}; start with torchrun instead and set sharding: student")
-    several = torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    several, cuda = int(os.environ.get("WORLD_SIZE", 1)) > 1, torch.cuda.is_available()
     accelerator = Accelerator(
+        cpu=several and not cuda,  # else each of torchrun's processes would take itself for the only one
         mixed_precision="bf16" if recipe.precision == "bf16" else "no",
         log_with=list(recipe.trackers) or None,
         project_dir=str(out / "trackers"),
         # Counts are summed on the CPU, so that no step waits for its device.
-        kwargs_handlers=[InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl")] * several,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl")] * (several and cuda),
     )
     accelerator.init_trackers(recipe.name)
     return accelerator

@@ -20,7 +20,7 @@ from llavakd.pipeline import run_pipeline
 pytestmark = pytest.mark.dist
 
 PARTS = ("loss", "ce", "response_kl", "visual_kl", "relation", "grad_norm", "lr")
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def mixed_tree(tiny):
