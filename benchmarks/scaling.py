@@ -1,11 +1,11 @@
 """How far several GPUs go: the trainer's own step on one and on N of them, 16 rows each, replicated and in shards.
 
-    python benchmarks/scaling.py --out benchmarks/results/scaling.json       # on 2 H200, under four minutes
+    python benchmarks/scaling.py --out benchmarks/results/scaling.json       # on 2 H200, some six minutes
     python benchmarks/scaling.py --out /tmp/scaling.json --tiny              # anywhere, in a minute: does it run?
 
-SigLIP-so400m-384, Qwen2.5-3B -> 0.5B, random weights, stage dft, rows as in step.py. It starts itself once on one device
-and once on N by torchrun. First a few steps on the same N times 16 rows, which one device takes as N micro-batches: their
-losses are compared. Then the time of a step, optimiser and all, on 16 rows each.
+SigLIP-so400m-384, Qwen2.5-3B -> 0.5B, random weights, stage dft, rows as in step.py. It starts itself on one device and on
+N by torchrun, with models as they are and, but with --tiny, compiled. First a few steps on the same N times 16 rows, which
+one device takes as N micro-batches: their losses are compared. Then the time of a step, optimiser and all, on 16 rows each.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from llavakd.data.chat import Segment
 from llavakd.data.collate import Batch
 from llavakd.models.alignment import Pair
 from llavakd.models.student import VisionLanguageModel, student_config
-from llavakd.pipeline import _make_accelerator
+from llavakd.pipeline import _make_accelerator, _make_fast
 from llavakd.train.placement import place
 from llavakd.train.step import StepResult, StudentModule, TrainState, build_optimizer, set_learning_rate, train_step
 from losses import environment
@@ -72,7 +72,9 @@ def made_ready(
     optimizer = accelerator.prepare(build_optimizer(module, stage))
     student.model.train()
     given: dict[str, Any] = {"accelerator": accelerator, "module": module, "optimizer": optimizer, "student": student}
-    return TrainState(**given, teacher=teacher, pair=pair, stage=stage)
+    state = TrainState(**given, teacher=teacher, pair=pair, stage=stage)
+    _make_fast(recipe, state)
+    return state
 
 
 def measured(state: TrainState, size: Size, shares: list[Batch]) -> dict[str, Any]:
@@ -103,10 +105,10 @@ def numbers(result: StepResult) -> dict[str, float]:
     return {name: float(value) for name, value in told.items()}
 
 
-def work(size: Size, most: int) -> None:
+def work(size: Size, most: int, compiled: bool) -> None:
     """What each process does; the first one prints a line for each way to hold the models."""
     with tempfile.TemporaryDirectory() as folder:
-        recipe = dataclasses.replace(read_recipe(Path(folder)), trackers=())
+        recipe = dataclasses.replace(read_recipe(Path(folder)), trackers=(), compile=compiled)
         accelerator = _make_accelerator(recipe, Path(folder))
         assert recipe.teacher, "the recipe has no teacher"
         teacher = random_model(AutoConfig.from_pretrained(recipe.teacher.path), size, accelerator.device, 2)
@@ -115,7 +117,8 @@ def work(size: Size, most: int) -> None:
         shares = [rows_of(size, share) for share in range(most)]
         for sharding in SHARDINGS if accelerator.num_processes > 1 else SHARDINGS[:1]:
             state = made_ready(recipe, size, accelerator, teacher, sharding)
-            line = {"processes": accelerator.num_processes, "sharding": sharding} | measured(state, size, shares)
+            how = {"processes": accelerator.num_processes, "sharding": sharding, "compiled": compiled}
+            line = how | measured(state, size, shares)
             if accelerator.is_main_process:
                 print(json.dumps(line), flush=True)
             del state
@@ -124,16 +127,16 @@ def work(size: Size, most: int) -> None:
         accelerator.end_training()
 
 
-def lines_of(processes: int, most: int, tiny: bool) -> Iterator[dict[str, Any]]:
+def lines_of(processes: int, most: int, *flags: str) -> Iterator[dict[str, Any]]:
     """Start this script on so many devices and read what it prints; why it ended, if it failed."""
     by = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    command = [sys.executable, *by, __file__, "--work", "--processes", str(most), *["--tiny"] * tiny]
+    command = [sys.executable, *by, __file__, "--work", "--processes", str(most), *flags]
     cpu = {} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"}  # or they would not know one another
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | cpu) as process:
         assert process.stdout is not None
         yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
     if process.returncode:
-        yield {"processes": processes, "failed": process.returncode}
+        yield {"processes": processes, "flags": flags, "failed": process.returncode}
 
 
 def beside(line: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
@@ -149,19 +152,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tiny", action="store_true", help="models of a few layers, to see that everything runs")
     parser.add_argument("--processes", type=int, default=2, help="how many devices beside one")
+    parser.add_argument("--compiled", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     size = TINY if options.tiny else Size()
     if options.work:
-        work(size, options.processes)
+        work(size, options.processes, options.compiled)
         return
     if options.out is None:
         parser.error("--out is missing")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found: dict[str, Any] = {"environment": environment(device), "size": dataclasses.asdict(size), "lines": []}
-    for processes in (1, options.processes):
-        for line in lines_of(processes, options.processes, options.tiny):
-            base = next(iter(found["lines"]), line)
+    ways = ([], ["--compiled"])[: 1 if options.tiny else 2]
+    cases = [(how, processes) for how in ways for processes in (1, options.processes)]
+    for how, processes in cases:
+        for line in lines_of(processes, options.processes, *how, *["--tiny"] * options.tiny):
+            if processes == 1:
+                base = line
             if "losses" in line and "losses" in base:
                 line |= beside(line, base)
             found["lines"].append(line)
