@@ -1,6 +1,7 @@
 """The tests that a GPU decides, and their outcomes with versions.
 
     python benchmarks/gpu_tests.py --out benchmarks/results/gpu_tests.json     # on a GPU
+    python benchmarks/gpu_tests.py --out benchmarks/results/gpu_tests_two.json tests/gpu/test_gpu_sharding.py   # on two
 
 Without a GPU those of tests/gpu are skipped.
 """
@@ -34,9 +35,10 @@ def main() -> None:
     """Run and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("tests", nargs="*", default=FOLDERS)
     options = parser.parse_args()
     outcomes = Outcomes()
-    code = pytest.main(["-q", "-p", "no:cacheprovider", *FOLDERS], plugins=[outcomes])
+    code = pytest.main(["-q", "-p", "no:cacheprovider", *options.tests], plugins=[outcomes])
     told = {"environment": environment("cuda"), "tests": outcomes.found}
     options.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     raise SystemExit(code)

@@ -176,6 +176,27 @@ def loader() -> str:
     return measured(told["environment"]) + table(header, rows)
 
 
+def scaling() -> str:
+    """The step on several GPUs beside one."""
+    told = read("scaling")
+    rows = [
+        (
+            "compiled" if line["compiled"] else "not compiled",
+            str(line["processes"]),
+            f"`{line['sharding']}`" if line["processes"] > 1 else "",
+            f"{line['ms']:.0f}",
+            f"{line['tokens_per_s']:,.0f}",
+            f"{line['scaling']:.3f}",
+            f"{line['gib']:.1f}",
+            *(f"{line['loss_error'][name]:.0e}" if line["processes"] > 1 else "" for name in ("loss", "grad_norm")),
+        )
+        for line in told["lines"]
+    ]
+    beside = ["x so many times one", "peak GiB each", "loss off by", "gradient's norm off by"]
+    header = ["", "GPUs", "`sharding`", "ms", "tokens/s", *beside]
+    return measured(told["environment"]) + table(header, rows)
+
+
 def plan_measured() -> str:
     """Planned and measured bytes and FLOPs."""
     told = read("plan_measured")
@@ -198,7 +219,8 @@ def plan_measured() -> str:
 def gpu_tests() -> str:
     """Outcomes by file."""
     told = read("gpu_tests")
-    found = Counter((test.partition("::")[0], result["outcome"]) for test, result in told["tests"].items())
+    tests = told["tests"] | read("gpu_tests_two")["tests"]  # which one GPU skips
+    found = Counter((test.partition("::")[0], result["outcome"]) for test, result in tests.items())
     rows = [(f"`{file}`", outcome, str(count)) for (file, outcome), count in sorted(found.items())]
     return measured(told["environment"]) + table(["file", "outcome", "tests"], rows, text_columns=2)
 
@@ -284,6 +306,7 @@ TABLES = {
     "step exactness": step_exactness,
     "packing": packing,
     "loader": loader,
+    "scaling": scaling,
     "plan measured": plan_measured,
     "gpu tests": gpu_tests,
     "plan": plan,
