@@ -93,7 +93,7 @@ def measure_contender(case: Case, contender: Contender, size: Size, device: str)
     if contender.quantize:
         case, drift = quantized(case, contender.quantize)
     graphs = counters["stats"]["unique_graphs"]
-    with switched(case.models, contender):
+    with switched(case, contender):
         step, stands = make_step(case, contender)
         clock = PartClock(device)
         with clock("first"):
@@ -211,7 +211,7 @@ def floor_of(case: Case, recipe: Recipe, size: Size, rate: float) -> dict[str, A
 def write_profile(path: Path, case: Case, contender: Contender, device: str) -> dict[str, Any]:
     """Add the 30 operators that take most of two steps to a file."""
     kinds = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device == "cuda")]
-    with switched(case.models, contender):
+    with switched(case, contender):
         step, _ = make_step(case, contender)
         step()
         with profile(activities=kinds) as found:
@@ -284,9 +284,8 @@ def run(results: Results, size: Size, device: str, *, compile_whole: bool, table
             place = {"stage": stage, "rows": 2}
             case = make_case(recipe, stage, models, size, 2, device)
             results.note("agreement", place, partial(agreement, case))
-        distilled = (REFERENCE, CONTENDERS[1], OURS, FAST, QUANTIZED, *CONTENDERS[-2:])
-        plan = [("dft", most, CONTENDERS), ("dpt", most, distilled)]
-        plan += [("sft", most, (REFERENCE, OURS, FAST))]
+        distilled = (REFERENCE, CONTENDERS[1], OURS, FAST, QUANTIZED, CONTENDERS[-1])
+        plan = [("dft", most, CONTENDERS), ("dpt", most, distilled), ("sft", most, (REFERENCE, OURS, FAST))]
         plan += [(stage, rows, (REFERENCE, OURS, FAST)) for rows in fewer for stage in ("dft", "dpt")]
         for stage, rows, contenders in plan:
             case, place = make_case(recipe, stage, models, size, rows, device), {"stage": stage, "rows": rows}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -70,8 +70,9 @@ TINY = Size(
 class Contender:
     """One way to compute a step; `compiled` names models, `optimizer` is the trainer's whole `train_step`.
 
-    budget: share of the activations that a compiled layer may keep; it makes the rest again, cheapest first.
+    budget: share of the activations that a compiled layer may keep, the rest it makes again, cheapest first; None: as the trainer.
     own_tower: float32 under autocast, where the trainer takes the teacher's.
+    float_between: what stands between the student's layers is float32, where the trainer has autocast's bfloat16.
     quantize: what a copy of the teacher is quantised to, None where the teacher itself is run.
     """
 
@@ -82,9 +83,10 @@ class Contender:
     compiled: tuple[str, ...] = ()
     checkpointing: bool = False
     optimizer: bool = False
-    budget: float = _KEPT
+    budget: float | None = None
     quantize: str | None = None
     own_tower: bool = False
+    float_between: bool = False
 
 
 BOTH = ("teacher", "student")
@@ -101,6 +103,7 @@ CONTENDERS = (
     FAST,
     QUANTIZED,
     Contender(name="ours, both compiled, the student's tower", compiled=BOTH, own_tower=True),
+    Contender(name="ours, both compiled, float32 between layers", compiled=BOTH, float_between=True),
     Contender(name="ours, student compiled", compiled=("student",)),
     Contender(name="ours, both compiled, train_step", compiled=BOTH, optimizer=True),
     Contender(name="ours, checkpointing", checkpointing=True),
@@ -206,30 +209,44 @@ def compile_modules(model: VisionLanguageModel, backend: str, compile_whole: boo
 
 
 @contextmanager
-def switched(models: Models, contender: Contender) -> Iterator[None]:
-    """The models as this contender wants them, and back."""
+def switched(case: Case, contender: Contender) -> Iterator[None]:
+    """The case's models as this contender wants them, and back."""
+    models, learns = case.models, "language_model" in case.stage.train
     student = models.student.model
     for model in (models.student.model, models.teacher.model):
         model.model.language_model.set_attn_implementation("sdpa")
         if student.device.type == "cuda" and not contender.released:
             attend_by_rows(model)
-    if contender.budget != torch._functorch.config.activation_memory_budget:
-        torch._functorch.config.activation_memory_budget = contender.budget
+    budget = contender.budget or (_KEPT if learns else 1.0)
+    if budget != torch._functorch.config.activation_memory_budget:
+        torch._functorch.config.activation_memory_budget = budget
         torch.compiler.reset()
-    if contender.checkpointing:
-        student.gradient_checkpointing_enable()
-    for name in contender.compiled:
-        for module, call in models.compiled[name].items():
-            module._compiled_call_impl = call
-    try:
-        yield
-    finally:
+    with ExitStack() as back:
         if contender.checkpointing:
-            student.gradient_checkpointing_disable()
-        for module in (module for calls in models.compiled.values() for module in calls):
-            module._compiled_call_impl = None
-        for model in (student, models.narrow.model):
-            model.zero_grad()
+            student.gradient_checkpointing_enable()
+            back.callback(student.gradient_checkpointing_disable)
+        if contender.float_between:
+            back.callback(student.model.register_forward_pre_hook(widen, with_kwargs=True).remove)
+        for name in contender.compiled:
+            for module, call in models.compiled[name].items():
+                module._compiled_call_impl = call
+        back.callback(put_back, models)
+        yield
+
+
+def put_back(models: Models) -> None:
+    """No gradients, nothing compiled, and the student's tower, which a contender may have parked, beside its head."""
+    for module in (module for calls in models.compiled.values() for module in calls):
+        module._compiled_call_impl = None
+    for model in (models.student, models.narrow):
+        model.model.zero_grad()
+    for weight in models.student.parts()["vision_tower"].parameters():
+        weight.data = weight.to(models.student.head.device)
+
+
+def widen(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A hook: the decoder's input in float32, which all that is added to it then is."""
+    return args, options | {"inputs_embeds": options["inputs_embeds"].float()}
 
 
 def make_case(recipe: Recipe, stage: str, models: Models, size: Size, rows: int, device: str) -> Case:
@@ -328,6 +345,8 @@ def our_step(case: Case, contender: Contender) -> tuple[Step, Callable[[], int]]
     state = prepared(case.stage, student, teacher, vocab_size=len(student.head))
     set_learning_rate(state.optimizer, 0.0)  # the contenders after this one get the same weights
     towers = patch.object(trainer, "_tower", lambda state: (state.student.model, False))
+    if not contender.own_tower:
+        trainer.park_tower(state)
 
     def step(clock: Clock = untimed) -> None:
         if contender.optimizer:
@@ -368,5 +387,6 @@ def timed_calls(clock: Clock) -> Iterator[None]:
 
 
 def standing(*models: VisionLanguageModel | None) -> int:
-    """Bytes of weights."""
-    return sum(parameter.nbytes for model in models if model for parameter in model.model.parameters())
+    """Bytes of the weights that lie where the head does."""
+    found = [(parameter, model.head.device) for model in models if model for parameter in model.model.parameters()]
+    return sum(parameter.nbytes for parameter, device in found if parameter.device == device)

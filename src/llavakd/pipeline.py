@@ -40,7 +40,7 @@ from llavakd.shapes import write_world
 from llavakd.train.checkpoint import file_digest, write_folder, write_text
 from llavakd.train.loop import lost_process, run_stage
 from llavakd.train.placement import join, place
-from llavakd.train.step import StudentModule, TrainState, build_optimizer
+from llavakd.train.step import StudentModule, TrainState, build_optimizer, park_tower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +201,7 @@ def _make_fast(recipe: Recipe, state: TrainState) -> None:
     if state.accelerator.device.type == "cuda" and recipe.precision == "bf16":
         for model in models:
             attend_by_rows(model)
+    park_tower(state)
     if recipe.compile:
         compile_layers(*models)
     if recipe.gradient_checkpointing:

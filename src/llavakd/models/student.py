@@ -240,7 +240,7 @@ def final_hidden(
         features: [P, N, D_v] from `vision_features`, or None without pictures.
         position_ids: int64 [1, T] of a pack, from 0 in each of its rows, which then do not see one another.
     """
-    device = model.device
+    device = model.lm_head.weight.device
     # Without a mask stock models make one from the positions: of blocks, one a row.
     seen: dict[str, Any] = {"attention_mask": sent(attention_mask, device)}
     if position_ids is not None:
@@ -249,6 +249,8 @@ def final_hidden(
         seen |= {"position_ids": sent(position_ids, device)}
     # The id at a picture position is only a mark; it may lie outside this model's vocabulary.
     embedded = model.get_input_embeddings()(sent(input_ids.masked_fill(visual, 0), device))
+    if torch.is_autocast_enabled(device.type):  # else all between the layers' products would be float32
+        embedded = embedded.to(torch.get_autocast_dtype(device.type))
     if features is not None:
         projected = model.model.multi_modal_projector(features.to(embedded.dtype)).to(embedded.dtype).flatten(0, -2)
         visual = sent(visual, device)

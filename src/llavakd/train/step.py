@@ -40,8 +40,9 @@ class StudentModule(nn.Module):
         """This micro-batch's share of the loss, given on the CPU; `features` None with pictures: the tower runs here."""
         visual = batch.segments == Segment.VISUAL
         if features is None:  # without a picture those of one that no position takes: all processes run the same
-            pixels, blank = batch.pixel_values, torch.zeros(1, *self.picture, device=self.model.device)
-            features = blank if pixels is None else vision_features(self.model, sent(pixels, self.model.device))
+            pixels, device = batch.pixel_values, self.model.lm_head.weight.device
+            blank = torch.zeros(1, *self.picture, device=device)
+            features = blank if pixels is None else vision_features(self.model, sent(pixels, device))
         hidden = final_hidden(self.model, batch.input_ids, batch.attention_mask, visual, features, batch.position_ids)
         what: dict[str, Any] = {"labels": batch.labels, "visual": visual, "image_rows": batch.image_rows}
         what |= {"position_ids": batch.position_ids, "counts": counts}
@@ -137,6 +138,13 @@ def _tower(state: TrainState) -> tuple[Any, bool]:
         teacher and pair and pair.shared_tower and autocast == "bf16" and teacher.model.dtype == torch.bfloat16
     )
     return (teacher if teacher and narrow else state.student).model, narrow
+
+
+def park_tower(state: TrainState) -> None:
+    """Where the teacher's tower runs for both, put the student's weights of it into the host's memory."""
+    if _tower(state)[0] is not state.student.model and "vision_tower" not in state.stage.train:
+        for weight in state.student.parts()["vision_tower"].parameters():
+            weight.data = weight.cpu()
 
 
 def _count(accelerator: Accelerator, micro_batches: Sequence[Batch]) -> tuple[Counts, dict[str, int], int]:
