@@ -72,7 +72,7 @@ class Contender:
 
     budget: share of the activations that a compiled layer may keep, the rest it makes again, cheapest first; None: as the trainer.
     own_tower: float32 under autocast, where the trainer takes the teacher's.
-    float_between: what stands between the student's layers is float32, where the trainer has autocast's bfloat16.
+    narrow_between: what stands between the student's layers is bfloat16, where the trainer has float32.
     quantize: what a copy of the teacher is quantised to, None where the teacher itself is run.
     """
 
@@ -86,7 +86,7 @@ class Contender:
     budget: float | None = None
     quantize: str | None = None
     own_tower: bool = False
-    float_between: bool = False
+    narrow_between: bool = False
 
 
 BOTH = ("teacher", "student")
@@ -94,6 +94,7 @@ REFERENCE = Contender(name="reference", released=True)
 FAST = Contender(name="ours, both compiled", compiled=BOTH)
 QUANTIZED = Contender(name="ours, both compiled, fp8 teacher", compiled=BOTH, quantize="fp8")
 OURS = Contender(name="ours")
+NARROW = Contender(name="ours, both compiled, bfloat16 between layers", compiled=BOTH, narrow_between=True)
 CONTENDERS = (
     REFERENCE,
     Contender(name="reference, float32 logits", released=True, float_logits=True),  # as its transformers makes them
@@ -103,7 +104,8 @@ CONTENDERS = (
     FAST,
     QUANTIZED,
     Contender(name="ours, both compiled, the student's tower", compiled=BOTH, own_tower=True),
-    Contender(name="ours, both compiled, float32 between layers", compiled=BOTH, float_between=True),
+    NARROW,
+    dataclasses.replace(NARROW, name=f"{NARROW.name}, fp8 teacher", quantize="fp8"),
     Contender(name="ours, student compiled", compiled=("student",)),
     Contender(name="ours, both compiled, train_step", compiled=BOTH, optimizer=True),
     Contender(name="ours, checkpointing", checkpointing=True),
@@ -225,8 +227,8 @@ def switched(case: Case, contender: Contender) -> Iterator[None]:
         if contender.checkpointing:
             student.gradient_checkpointing_enable()
             back.callback(student.gradient_checkpointing_disable)
-        if contender.float_between:
-            back.callback(student.model.register_forward_pre_hook(widen, with_kwargs=True).remove)
+        if contender.narrow_between:
+            back.callback(student.model.register_forward_pre_hook(narrowed, with_kwargs=True).remove)
         for name in contender.compiled:
             for module, call in models.compiled[name].items():
                 module._compiled_call_impl = call
@@ -244,9 +246,9 @@ def put_back(models: Models) -> None:
         weight.data = weight.to(models.student.head.device)
 
 
-def widen(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A hook: the decoder's input in float32, which all that is added to it then is."""
-    return args, options | {"inputs_embeds": options["inputs_embeds"].float()}
+def narrowed(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A hook: the decoder's input in bfloat16, which all that is added to it then is."""
+    return args, options | {"inputs_embeds": options["inputs_embeds"].bfloat16()}
 
 
 def make_case(recipe: Recipe, stage: str, models: Models, size: Size, rows: int, device: str) -> Case:

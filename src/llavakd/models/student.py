@@ -249,8 +249,6 @@ def final_hidden(
         seen |= {"position_ids": sent(position_ids, device)}
     # The id at a picture position is only a mark; it may lie outside this model's vocabulary.
     embedded = model.get_input_embeddings()(sent(input_ids.masked_fill(visual, 0), device))
-    if torch.is_autocast_enabled(device.type):  # else all between the layers' products would be float32
-        embedded = embedded.to(torch.get_autocast_dtype(device.type))
     if features is not None:
         projected = model.model.multi_modal_projector(features.to(embedded.dtype)).to(embedded.dtype).flatten(0, -2)
         visual = sent(visual, device)
