@@ -55,13 +55,10 @@ def evaluate_model(
         np.save(place / "gram.npy", probe_gram(model, probe, data))
         shown = json.dumps({"id": probe.id, "images": [str(images / name) for name in probe.images]})
         (folder / "probe.json").write_text(shown, encoding="utf-8")
-    return {
-        "name": name,
-        "metric": evaluation.metric,
-        **score(answers, evaluation.metric),
-        **({"segments": compare_segments(model, teacher, samples, data)} if teacher else {}),
-        "parameters": sum(weight.numel() for weight in model.model.parameters()),
-    }
+    scores = {"name": name, "metric": evaluation.metric, **score(answers, evaluation.metric)}
+    if teacher:
+        scores["segments"] = compare_segments(model, teacher, samples, data)
+    return scores | {"parameters": sum(weight.numel() for weight in model.model.parameters())}
 
 
 def generate_answers(
@@ -109,15 +106,17 @@ def compare_segments(
         text = renderer.render(sample)
         segments = torch.tensor(text.segments)
         hidden = (_hidden(model, text, sample, data).split(chunk) for model in (student, teacher))
-        table = torch.cat([_distances(states, heads) for states in zip(*hidden, strict=True)])
+        rows: list[Tensor] = []
+        for states in zip(*hidden, strict=True):
+            logq, logp = (F.log_softmax(x.float() @ head.T, dim=-1) for x, head in zip(states, heads, strict=True))
+            p, same = logp.exp(), logq.argmax(-1) == logp.argmax(-1)
+            rows.append(torch.stack([(p * (logp - logq)).sum(-1), same, -(p * logp).sum(-1)], dim=1).double().cpu())
+        table = torch.cat(rows)  # [T, 3]
         found["response"].append(table[:-1][segments[1:] == Segment.RESPONSE])
         found["visual"].append(table[segments == Segment.VISUAL])
-    names = ("kl", "agreement", "teacher_entropy")
-    return {
-        segment: {**dict(zip(names, torch.cat(parts).mean(0).tolist(), strict=True)), "positions": sum(map(len, parts))}
-        for segment, parts in found.items()
-        if any(map(len, parts))
-    }
+    names = ("kl", "agreement", "teacher_entropy", "positions")
+    tables = {segment: torch.cat(parts) for segment, parts in found.items() if any(map(len, parts))}
+    return {key: dict(zip(names, [*rows.mean(0).tolist(), len(rows)], strict=True)) for key, rows in tables.items()}
 
 
 @torch.no_grad()
@@ -136,10 +135,3 @@ def _hidden(model: VisionLanguageModel, text: Rendered, sample: Sample, data: Da
         pixels = load_pixels(data, sample.images, model.image_processor)
         features = vision_features(model.model, pixels.to(row.device, model.model.dtype))
     return final_hidden(model.model, row, torch.ones_like(row), segments == Segment.VISUAL, features)[0]
-
-
-def _distances(hidden: Sequence[Tensor], heads: Sequence[Tensor]) -> Tensor:
-    """float64 [T, 3]: KL, equal likeliest ids and teacher entropy, from both models' states [T, D] and heads [V, D]."""
-    logq, logp = (F.log_softmax(states.float() @ head.T, dim=-1) for states, head in zip(hidden, heads, strict=True))
-    p, same = logp.exp(), logq.argmax(-1) == logp.argmax(-1)
-    return torch.stack([(p * (logp - logq)).sum(-1), same, -(p * logp).sum(-1)], dim=1).double().cpu()
