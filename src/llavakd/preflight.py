@@ -17,8 +17,6 @@ from llavakd.progress import say
 from llavakd.train.checkpoint import write_text
 from llavakd.train.loop import micro_batch_size, total_steps
 
-_TRIED = 2000  # rows of a source that are rendered before a run starts
-
 
 def used_sources(recipe: Recipe) -> dict[str, DataConfig]:
     """The data sources that stages and evaluation read, by name."""
@@ -58,7 +56,7 @@ def check_before_training(recipe: Recipe, samples: Mapping[str, Samples], proces
     for name in dict.fromkeys(name for stage in recipe.stages for name in stage.sources):
         for mistake in samples[name].mistakes:
             say(f"left out: {mistake}")
-        tried = samples[name][:: max(1, len(samples[name]) // _TRIED)]
+        tried = samples[name][:: max(1, len(samples[name]) // 2000)]
         found = student.renderer(recipe.data[name]).render_each(tried)
         wrong = [str(one) for one in found if isinstance(one, DataError)]
         if len(wrong) > recipe.max_bad_rows * len(tried):

@@ -92,13 +92,11 @@ def examples(count: int) -> list[tuple[Image.Image, Question]]:
 def write_world(directory: Path, world: WorldConfig, *, workers: int = 1) -> tuple[int, dict[str, int]]:
     """Write pictures and conversations of a Shapes world, with a bar; however many `workers` draw, the same bytes.
 
-    The folder, new or empty, gets `images/` and six JSON lists of LLaVA rows, whose `image` is relative to `images/`:
-    `pretrain` (a caption for each of the `scenes` train pictures), `instruct` (questions about them and a few about
-    scenes told in words), `text` (two rows without picture for each train scene), `mixed` (the first two and a
-    twenty-fourth of the third), `test` (`test_questions` rows of one question, its kind as `type`) and `val` (half as
-    many). No scene is in two splits; those told in words are of the split `text`. `noise` is the share of wrong answers
-    in `instruct`, so in `mixed`. Returns how many pictures and how many rows of each list were written. Raises
-    UserError, with nothing written, where the folder is not empty or a number of `world` is out of its range.
+    The folder, new or empty, gets `images/` with `scenes` train pictures and others, and the lists of LLaVA rows that
+    world.yaml names as `files`; `image` is relative to `images/`, `test` has `test_questions` rows. No scene is in two
+    splits; those told in words are of the split `text`. `noise` is the share of wrong answers in `instruct`, so in
+    `mixed`. Returns how many pictures and how many rows of each list were written. Raises UserError, with nothing
+    written, where the folder is not empty or a number of `world` is out of its range.
     """
     checked(WorldConfig, vars(world))
     if workers < 1:
@@ -112,7 +110,7 @@ def write_world(directory: Path, world: WorldConfig, *, workers: int = 1) -> tup
     sizes = {name: -(-questions // _MIX["exam_questions"]) for name, questions in exams.items()}
     sizes = {"train": world.scenes, "text": 2 * world.scenes} | sizes
     places = [(split, index) for split, size in sizes.items() for index in range(size)]
-    rows: dict[str, list[str]] = {file: [] for file in ("pretrain", "instruct", "text", "mixed", "val", "test")}
+    rows: dict[str, list[str]] = {file: [] for file in WORLD["files"]}
     with pool as workforce, bar("draw", len(places)) as advance:
         work = partial(workforce.map, chunksize=_CHUNK) if workforce else map
         for done, found in enumerate(work(partial(_rows, images, world, exams), places), start=1):
