@@ -24,6 +24,7 @@ from llavakd.progress import bar
 _COMPARED_ROWS = 256  # at most, spread evenly over the file
 
 
+@torch.no_grad()
 def evaluate_model(
     model: VisionLanguageModel,
     samples: Sequence[Sample],
@@ -52,7 +53,10 @@ def evaluate_model(
             soft = {"score": value} if evaluation.metric == "vqa_accuracy" else {}
             file.write(json.dumps({**line, **texts, **marks, **soft}, ensure_ascii=False) + "\n")
     if probe := next((sample for sample in samples if sample.images), None):
-        np.save(place / "gram.npy", probe_gram(model, probe, data))
+        text = model.renderer(data).render(probe)
+        hidden = _hidden(model, text, probe, data)[torch.tensor(text.segments) == Segment.VISUAL]
+        # [N, N], of the vocabulary logits at the first picture's positions, as the relation loss sees it.
+        np.save(place / "gram.npy", gram(hidden[None, : model.tokens_per_image], model.head)[0].cpu().numpy())
         shown = json.dumps({"id": probe.id, "images": [str(images / name) for name in probe.images]})
         (folder / "probe.json").write_text(shown, encoding="utf-8")
     scores = {"name": name, "metric": evaluation.metric, **score(answers, evaluation.metric)}
@@ -117,14 +121,6 @@ def compare_segments(
     names = ("kl", "agreement", "teacher_entropy", "positions")
     tables = {segment: torch.cat(parts) for segment, parts in found.items() if any(map(len, parts))}
     return {key: dict(zip(names, [*rows.mean(0).tolist(), len(rows)], strict=True)) for key, rows in tables.items()}
-
-
-@torch.no_grad()
-def probe_gram(model: VisionLanguageModel, sample: Sample, data: DataConfig) -> np.ndarray:
-    """Gram matrix [N, N] of the vocabulary logits at the first picture's positions, as the relation loss sees it."""
-    text = model.renderer(data).render(sample)
-    hidden = _hidden(model, text, sample, data)[torch.tensor(text.segments) == Segment.VISUAL]
-    return gram(hidden[None, : model.tokens_per_image], model.head)[0].cpu().numpy()
 
 
 def _hidden(model: VisionLanguageModel, text: Rendered, sample: Sample, data: DataConfig) -> Tensor:

@@ -80,7 +80,15 @@ def collect(runs: Sequence[Path]) -> Results:
     for key, value in (item for run in found for item in (run.results.get("environment") or {}).items()):
         known = environment.setdefault(key, [])
         known += [item for item in (value if isinstance(value, list) else [value]) if item not in known]
-    rows = [_read_row(raw, holders, probe) for raw, holders in _merge_rows(found)]
+    rows = []
+    for raw, holders in _merge_rows(found):
+        # What the model's evaluation kept is in the first of the runs that has any of it.
+        run = next((run for run in holders if (run.folder / "evaluation" / raw["name"]).is_dir()), holders[0])
+        kept = run.folder / "evaluation" / raw["name"]
+        predictions = {line["id"]: line for line in _read(kept / "predictions.jsonl", **ANSWER)}
+        same_picture = run.probe is None or run.probe.get("id") == probe.get("id")
+        gram = np.load(kept / "gram.npy") if same_picture and (kept / "gram.npy").is_file() else None
+        rows.append(Row(raw["name"], raw.get("seed"), raw["accuracy"], raw["n"], raw, run, predictions, gram))
     return Results(rows, found, {key: known if known[1:] else known[0] for key, known in environment.items()}, probe)
 
 
@@ -100,16 +108,6 @@ def _merge_rows(runs: Sequence[Run]) -> list[tuple[Json, list[Run]]]:
         else:
             merged.append((raw, [run]))
     return merged
-
-
-def _read_row(raw: Json, holders: Sequence[Run], probe: Json) -> Row:
-    """Read what the model's evaluation kept, in the first of the runs that has any of it."""
-    run = next((run for run in holders if (run.folder / "evaluation" / raw["name"]).is_dir()), holders[0])
-    kept = run.folder / "evaluation" / raw["name"]
-    predictions = {line["id"]: line for line in _read(kept / "predictions.jsonl", **ANSWER)}
-    same_picture = run.probe is None or run.probe.get("id") == probe.get("id")
-    gram = np.load(kept / "gram.npy") if same_picture and (kept / "gram.npy").is_file() else None
-    return Row(raw["name"], raw.get("seed"), raw["accuracy"], raw["n"], raw, run, predictions, gram)
 
 
 def _read_run(folder: Path, label: str) -> Run:
