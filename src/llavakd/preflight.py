@@ -41,10 +41,8 @@ def claim_folder(recipe: Recipe, out: Path) -> None:
     if not path.is_file():
         write_text(path, text)
     elif differing := differing_keys(yaml.safe_load(path.read_text("utf-8")) | changed, yaml.safe_load(text)):
-        raise UserError(
-            f"{out} holds a run of another recipe; these keys differ: {'; '.join(differing[:8])}. "
-            "Use a new --out or the old values"
-        )
+        told = f"{out} holds a run of another recipe; these keys differ: {'; '.join(differing[:8])}"
+        raise UserError(f"{told}. Use a new --out or the old values")
 
 
 def check_before_training(recipe: Recipe, samples: Mapping[str, Samples], processes: int) -> None:

@@ -101,10 +101,9 @@ def _merge_rows(runs: Sequence[Run]) -> list[tuple[Json, list[Run]]]:
                 holders.append(run)
                 break
             if (raw["name"], raw.get("seed")) == (other["name"], other.get("seed")):
-                raise UserError(
-                    f"{holders[0].folder} and {run.folder} hold different rows for {raw['name']!r} with seed "
-                    f"{raw.get('seed')}, expected one; leave one of the folders out, or train with another seed"
-                )
+                told = f"hold different rows for {raw['name']!r} with seed {raw.get('seed')}, expected one"
+                hint = "leave one of the folders out, or train with another seed"
+                raise UserError(f"{holders[0].folder} and {run.folder} {told}; {hint}")
         else:
             merged.append((raw, [run]))
     return merged

@@ -54,18 +54,6 @@ def _train_rows(image: Path, noise: float, rng: np.random.Generator, slips: np.r
     yield "pretrain", _row(image.stem, _described(scene, rng), image=image.name)
 
 
-def _exam_rows(image: Path, split: str, numbers: range, rng: np.random.Generator) -> Iterator[Row]:
-    """Kinds go round over all questions of the split; scenes are drawn until one allows all kinds that are due."""
-    due = [list(KINDS)[number % len(KINDS)] for number in numbers]
-    questions: list[Question] = []
-    while len(questions) < len(due):
-        scene = scene_in(split, rng)
-        questions = [question for kind in due if (question := ask(scene, kind, rng))]
-    draw(scene, rng).save(image, compress_level=_COMPRESS)
-    for number, question in enumerate(questions):
-        yield split, _row(f"{image.stem}-{number}", [question], image=image.name, kind=question.kind)
-
-
 def _rows(images: Path, world: WorldConfig, exams: dict[str, int], place: tuple[str, int]) -> list[Row]:
     """The rows of scene `index` of a split, its picture written; `exams` counts the questions of val and test."""
     split, index = place
@@ -78,8 +66,16 @@ def _rows(images: Path, world: WorldConfig, exams: dict[str, int], place: tuple[
     if split == "train":
         slips = np.random.default_rng((world.seed, _SLIPS, index))
         return list(_train_rows(images / f"{index:06d}.png", world.noise, rng, slips))
+    # Kinds go round over all questions of the split; scenes are drawn until one allows all kinds that are due.
     numbers = range(exams[split])[index * _MIX["exam_questions"] :][: _MIX["exam_questions"]]
-    return list(_exam_rows(images / f"{split}-{index:06d}.png", split, numbers, rng))
+    due = [list(KINDS)[number % len(KINDS)] for number in numbers]
+    questions: list[Question] = []
+    while len(questions) < len(due):
+        scene = scene_in(split, rng)
+        questions = [question for kind in due if (question := ask(scene, kind, rng))]
+    name = f"{split}-{index:06d}"
+    draw(scene, rng).save(images / f"{name}.png", compress_level=_COMPRESS)
+    return [(split, _row(f"{name}-{n}", [one], image=f"{name}.png", kind=one.kind)) for n, one in enumerate(questions)]
 
 
 def examples(count: int) -> list[tuple[Image.Image, Question]]:
