@@ -120,8 +120,7 @@ def _read_run(folder: Path, label: str) -> Run:
     usual = [{"name": name, "state": "done"} for name in STAGES if (folder / name / "metrics.jsonl").is_file()]
     pipeline = next(_read(folder / "pipeline.json", stages=list), {"stages": usual})
     ledger = {stage["name"]: stage for stage in pipeline["stages"]}
-    logged = {name: list(_read(folder / name / "metrics.jsonl", step=int)) for name in ledger}
-    stages = {name: lines for name, lines in logged.items() if lines}
+    stages = {name: lines for name in ledger if (lines := [*_read(folder / name / "metrics.jsonl", step=int)])}
     recipe = path.read_text(encoding="utf-8") if (path := folder / "recipe.yaml").is_file() else None
     probe = next(_read(folder / "evaluation" / "probe.json", images=list), None)
     return Run(folder, label, results, ledger, stages, recipe, probe)
