@@ -9,10 +9,12 @@ from llavakd.pipeline import draw_world, run_pipeline
 from llavakd.progress import say
 from llavakd.report import write_report
 
+RECIPE = Path(__file__).parent / "assets" / "shapes" / "quickstart.yaml"
+
 
 def run_quickstart(out: Path) -> dict[str, Any]:
     """Run, or go on with, OUT/pt-sft-sft and OUT/dpt-sft-dft (same start, data, steps); returns the merged results."""
-    recipe = load_recipe(Path(__file__).parent / "assets" / "shapes" / "quickstart.yaml")
+    recipe = load_recipe(RECIPE)
     draw_world(recipe, out)
     distilled = dataclasses.replace(resolve_paths(recipe, out), world=None)  # both runs read OUT/world
     runs = {twin.name: twin for twin in (control_twin(distilled), distilled)}
