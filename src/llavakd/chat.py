@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from threading import Event
 
@@ -56,14 +57,11 @@ def answer(opened: Opened, picture: Image.Image, texts: Sequence[str], *, max_ne
     closed = Event()
     stop = StoppingCriteriaList([lambda ids, _: torch.full((len(ids),), closed.is_set(), device=ids.device)])
     options = {"do_sample": False, "max_new_tokens": min(max_new_tokens, limit - length), "stopping_criteria": stop}
-    text = ""
     with ThreadPoolExecutor(1) as thread:
         running = thread.submit(model.generate, **inputs, **options, streamer=streamer)
         running.add_done_callback(lambda _: streamer.end())  # also where it failed
         try:
-            for piece in streamer:
-                text += piece
-                yield text.lstrip()
+            yield from map(str.lstrip, accumulate(streamer))
         finally:
             closed.set()
         running.result()

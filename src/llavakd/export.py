@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import AutoProcessor
-from transformers.utils.logging import disable_progress_bar
+from transformers import AutoProcessor, logging
 
 from llavakd.data.samples import IMAGE_TAG
 from llavakd.errors import UserError
@@ -29,7 +28,7 @@ def open_model(given: str, *, as_stored: bool = False) -> Opened:
 
     Unless `as_stored`, it computes in float32 on a CPU and makes pixels as training did. Raises UserError.
     """
-    disable_progress_bar()
+    logging.disable_progress_bar()
     ledger = Path(given) / "pipeline.json"
     if ledger.is_file():
         stages = json.loads(ledger.read_text(encoding="utf-8"))["stages"]

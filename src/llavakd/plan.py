@@ -49,19 +49,13 @@ class Tokens(NamedTuple):
 
 
 def plan_run(
-    recipe: Recipe,
-    *,
-    gpu: str = "A100-80",
-    gpus: int = 1,
-    efficiency: float = 0.4,
-    rows: int | None = None,
-    text_tokens: int | None = None,
+    recipe: Recipe, *, gpu: str = "A100-80", gpus: int = 1, efficiency: float = 0.4, **given: int | None
 ) -> dict[str, Any]:
     """Plan every stage: plain values, FLOPs of the whole stage and bytes per GPU by part.
 
-    Hours are FLOPs over the GPUs' bf16 rate times `efficiency`; loading, saving and evaluation are not in them. `rows`
-    and `text_tokens` (of a mean row) stand in for data files that are not there. Raises UserError for an unknown GPU, a
-    config that cannot be read (its key is named), and data of unknown size.
+    Hours are FLOPs over the GPUs' bf16 rate times `efficiency`; loading, saving and evaluation are not in them. `given`:
+    `rows` and `text_tokens` (of a mean row) stand in for data files that are not there. Raises UserError for an unknown
+    GPU, a config that cannot be read (its key is named), and data of unknown size.
     """
     if gpu not in GPUS:
         raise UserError(f"--gpu: {gpu!r} is not known{nearest(gpu, GPUS)}; known are {', '.join(GPUS)}")
@@ -78,7 +72,7 @@ def plan_run(
             quantize(models["teacher"], recipe.teacher.quantize)
     towers = [_forward_flops(model, model.tokens_per_image, 0, 0)[0] for model in models.values()]
     names = dict.fromkeys(name for stage in recipe.stages for name in stage.sources)
-    sources = {name: _tokens(recipe, name, models["student"].tokens_per_image, rows, text_tokens) for name in names}
+    sources = {name: _tokens(recipe, name, models["student"].tokens_per_image, **given) for name in names}
     guessed = {name: sources[name] for name in names if not Path(recipe.data[name].path).is_file()}
     assumed = render("plan_assumed.jinja", recipe=recipe, guessed=guessed, one_tower=towers[0] in towers[1:])
     stages = []
@@ -264,26 +258,26 @@ def _sizes(model: VisionLanguageModel) -> dict[str, int]:
     return sizes | {"language_model": model.model.num_parameters() - sizes["vision_tower"] - sizes["projector"]}
 
 
-def _tokens(recipe: Recipe, name: str, per_picture: int, rows: int | None, text: int | None) -> Tokens:
-    """Counts of a source from a sample of its rows, or assumed where its file is not there."""
+def _tokens(recipe: Recipe, name: str, picture: int, rows: int | None = None, text_tokens: int | None = None) -> Tokens:
+    """Counts of a source from a sample of its rows, or assumed where its file is not there; `picture`: tokens of one."""
     data = recipe.data[name]
     if Path(data.path).is_file():
         samples = load_samples(data)
         chosen = samples[:: max(1, len(samples) // 512)]
         tokenizer = load(AutoTokenizer, recipe.student.language_model, key="student.language_model")
         mark = tokenizer.get_vocab().get(IMAGE_TAG, len(tokenizer))
-        lengths = {"tokens_per_image": per_picture, "max_length": data.max_length}
+        lengths = {"tokens_per_image": picture, "max_length": data.max_length}
         rendered = [*map(ChatRenderer(data.template, tokenizer, image_token_id=mark, **lengths).render, chosen)]
         segments = np.bincount(np.concatenate([row.segments for row in rendered]), minlength=len(Segment))
         _, visual, prompt, response = (segments / len(rendered)).tolist()
         most = max(len(row.ids) for row in rendered), max(len(sample.images) for sample in chosen)
         return Tokens(len(samples), visual, prompt + response, response, *most)
     known = _KNOWN["published"].get(Path(data.path).name, (None, 200))
-    rows, text = rows or known[0], text or known[1]
+    rows, text = rows or known[0], text_tokens or known[1]
     if rows is None:
         raise UserError(f"data.{name}.path: there is no file {data.path!r}; give --rows N to plan without it")
     response = text if data.template == "pretrain" else text / 2
-    return Tokens(rows, per_picture, text, response, min(data.max_length, per_picture + 8 * text))
+    return Tokens(rows, picture, text, response, min(data.max_length, picture + 8 * text))
 
 
 def _linear_flops(module: nn.Module) -> int:
@@ -293,14 +287,13 @@ def _linear_flops(module: nn.Module) -> int:
 
 def _forward_flops(model: VisionLanguageModel, visual: float, text: float, seen: float) -> tuple[float, ...]:
     """Of a row of so many tokens, each beside `seen`: the tower, the decoder's matrices, its attention, the projector."""
-    config, length, parts = model.model.config, visual + text, model.parts()
+    config, length, pictures = model.model.config, visual + text, visual / model.tokens_per_image
 
     def attention(config: Any, length: float, seen: float) -> float:
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return 4 * length * seen * width * config.num_attention_heads * config.num_hidden_layers
 
     patches = model.features_per_image + (config.vision_feature_select_strategy == "default")
-    tower = patches * _linear_flops(parts["vision_tower"]) + attention(config.vision_config, patches, patches)
-    linear = length * _linear_flops(parts["language_model"])
-    projector = visual * _linear_flops(parts["projector"])
-    return visual / model.tokens_per_image * tower, linear, attention(config.text_config, length, seen), projector
+    tower, projector, decoder = (_linear_flops(part) for part in model.parts().values())
+    tower = patches * tower + attention(config.vision_config, patches, patches)
+    return pictures * tower, length * decoder, attention(config.text_config, length, seen), visual * projector

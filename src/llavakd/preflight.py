@@ -17,8 +17,6 @@ from llavakd.progress import say
 from llavakd.train.checkpoint import write_text
 from llavakd.train.loop import micro_batch_size, total_steps
 
-_TRIED = 2000  # rows of a source that are rendered before a run starts
-
 
 def used_sources(recipe: Recipe) -> dict[str, DataConfig]:
     """The data sources that stages and evaluation read, by name."""
@@ -43,10 +41,8 @@ def claim_folder(recipe: Recipe, out: Path) -> None:
     if not path.is_file():
         write_text(path, text)
     elif differing := differing_keys(yaml.safe_load(path.read_text("utf-8")) | changed, yaml.safe_load(text)):
-        raise UserError(
-            f"{out} holds a run of another recipe; these keys differ: {'; '.join(differing[:8])}. "
-            "Use a new --out or the old values"
-        )
+        told = f"{out} holds a run of another recipe; these keys differ: {'; '.join(differing[:8])}"
+        raise UserError(f"{told}. Use a new --out or the old values")
 
 
 def check_before_training(recipe: Recipe, samples: Mapping[str, Samples], processes: int) -> None:
@@ -58,7 +54,7 @@ def check_before_training(recipe: Recipe, samples: Mapping[str, Samples], proces
     for name in dict.fromkeys(name for stage in recipe.stages for name in stage.sources):
         for mistake in samples[name].mistakes:
             say(f"left out: {mistake}")
-        tried = samples[name][:: max(1, len(samples[name]) // _TRIED)]
+        tried = samples[name][:: max(1, len(samples[name]) // 2000)]
         found = student.renderer(recipe.data[name]).render_each(tried)
         wrong = [str(one) for one in found if isinstance(one, DataError)]
         if len(wrong) > recipe.max_bad_rows * len(tried):

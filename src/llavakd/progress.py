@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-_SECONDS_BETWEEN_LINES = 15.0
-
 _console = Console(stderr=True)
 
 
@@ -35,7 +33,7 @@ def bar(label: str, total: int, *, shown: bool = True) -> Iterator[Callable[...,
 
         def line(done: int, note: str = "") -> None:
             nonlocal last
-            if shown and (done == total or time.monotonic() - last > _SECONDS_BETWEEN_LINES):
+            if shown and (done == total or time.monotonic() - last > 15):  # seconds
                 last = time.monotonic()
                 say(f"{label} {done}/{total} {note}")
 

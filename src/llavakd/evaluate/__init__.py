@@ -24,6 +24,7 @@ from llavakd.progress import bar
 _COMPARED_ROWS = 256  # at most, spread evenly over the file
 
 
+@torch.no_grad()
 def evaluate_model(
     model: VisionLanguageModel,
     samples: Sequence[Sample],
@@ -52,16 +53,16 @@ def evaluate_model(
             soft = {"score": value} if evaluation.metric == "vqa_accuracy" else {}
             file.write(json.dumps({**line, **texts, **marks, **soft}, ensure_ascii=False) + "\n")
     if probe := next((sample for sample in samples if sample.images), None):
-        np.save(place / "gram.npy", probe_gram(model, probe, data))
+        text = model.renderer(data).render(probe)
+        hidden = _hidden(model, text, probe, data)[torch.tensor(text.segments) == Segment.VISUAL]
+        # [N, N], of the vocabulary logits at the first picture's positions, as the relation loss sees it.
+        np.save(place / "gram.npy", gram(hidden[None, : model.tokens_per_image], model.head)[0].cpu().numpy())
         shown = json.dumps({"id": probe.id, "images": [str(images / name) for name in probe.images]})
         (folder / "probe.json").write_text(shown, encoding="utf-8")
-    return {
-        "name": name,
-        "metric": evaluation.metric,
-        **score(answers, evaluation.metric),
-        **({"segments": compare_segments(model, teacher, samples, data)} if teacher else {}),
-        "parameters": sum(weight.numel() for weight in model.model.parameters()),
-    }
+    scores = {"name": name, "metric": evaluation.metric, **score(answers, evaluation.metric)}
+    if teacher:
+        scores["segments"] = compare_segments(model, teacher, samples, data)
+    return scores | {"parameters": sum(weight.numel() for weight in model.model.parameters())}
 
 
 def generate_answers(
@@ -109,23 +110,17 @@ def compare_segments(
         text = renderer.render(sample)
         segments = torch.tensor(text.segments)
         hidden = (_hidden(model, text, sample, data).split(chunk) for model in (student, teacher))
-        table = torch.cat([_distances(states, heads) for states in zip(*hidden, strict=True)])
+        rows: list[Tensor] = []
+        for states in zip(*hidden, strict=True):
+            logq, logp = (F.log_softmax(x.float() @ head.T, dim=-1) for x, head in zip(states, heads, strict=True))
+            p, same = logp.exp(), logq.argmax(-1) == logp.argmax(-1)
+            rows.append(torch.stack([(p * (logp - logq)).sum(-1), same, -(p * logp).sum(-1)], dim=1).double().cpu())
+        table = torch.cat(rows)  # [T, 3]
         found["response"].append(table[:-1][segments[1:] == Segment.RESPONSE])
         found["visual"].append(table[segments == Segment.VISUAL])
-    names = ("kl", "agreement", "teacher_entropy")
-    return {
-        segment: {**dict(zip(names, torch.cat(parts).mean(0).tolist(), strict=True)), "positions": sum(map(len, parts))}
-        for segment, parts in found.items()
-        if any(map(len, parts))
-    }
-
-
-@torch.no_grad()
-def probe_gram(model: VisionLanguageModel, sample: Sample, data: DataConfig) -> np.ndarray:
-    """Gram matrix [N, N] of the vocabulary logits at the first picture's positions, as the relation loss sees it."""
-    text = model.renderer(data).render(sample)
-    hidden = _hidden(model, text, sample, data)[torch.tensor(text.segments) == Segment.VISUAL]
-    return gram(hidden[None, : model.tokens_per_image], model.head)[0].cpu().numpy()
+    names = ("kl", "agreement", "teacher_entropy", "positions")
+    tables = {segment: torch.cat(parts) for segment, parts in found.items() if any(map(len, parts))}
+    return {key: dict(zip(names, [*rows.mean(0).tolist(), len(rows)], strict=True)) for key, rows in tables.items()}
 
 
 def _hidden(model: VisionLanguageModel, text: Rendered, sample: Sample, data: DataConfig) -> Tensor:
@@ -136,10 +131,3 @@ def _hidden(model: VisionLanguageModel, text: Rendered, sample: Sample, data: Da
         pixels = load_pixels(data, sample.images, model.image_processor)
         features = vision_features(model.model, pixels.to(row.device, model.model.dtype))
     return final_hidden(model.model, row, torch.ones_like(row), segments == Segment.VISUAL, features)[0]
-
-
-def _distances(hidden: Sequence[Tensor], heads: Sequence[Tensor]) -> Tensor:
-    """float64 [T, 3]: KL, equal likeliest ids and teacher entropy, from both models' states [T, D] and heads [V, D]."""
-    logq, logp = (F.log_softmax(states.float() @ head.T, dim=-1) for states, head in zip(hidden, heads, strict=True))
-    p, same = logp.exp(), logq.argmax(-1) == logp.argmax(-1)
-    return torch.stack([(p * (logp - logq)).sum(-1), same, -(p * logp).sum(-1)], dim=1).double().cpu()

@@ -38,7 +38,6 @@ _PAPER_TASKS = {task: column["config"] for column in COLUMNS.values() if "config
 class Adapter(lmms):
     """A model as lmms-eval sees it: texts and PIL pictures in, greedy answers out, in batches."""
 
-    is_simple = True
     accelerator = loglikelihood = generate_until_multi_round = None  # one process; tasks that ask for these are refused
 
     def __init__(self, model: VisionLanguageModel, data: DataConfig, evaluation: EvaluationConfig) -> None:

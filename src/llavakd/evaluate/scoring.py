@@ -52,12 +52,8 @@ def yes_no(answer: Answer) -> bool:
     return said == true
 
 
-METRICS: dict[str, Callable[[Answer], float]] = {
-    "exact_match": exact_match,
-    "vqa_accuracy": vqa_accuracy,
-    "option_letter": option_letter,
-    "yes_no": yes_no,
-}
+_METRICS: tuple[Callable[[Answer], float], ...] = (exact_match, vqa_accuracy, option_letter, yes_no)
+METRICS = {metric.__name__: metric for metric in _METRICS}
 
 
 def score(answers: Sequence[Answer], metric: str = "exact_match") -> dict[str, Any]:

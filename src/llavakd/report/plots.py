@@ -13,7 +13,6 @@ from PIL import Image
 from llavakd.report.results import Results
 from llavakd.templates import render
 
-LOSS_PARTS = ("loss", "ce", "response_kl", "visual_kl", "relation")
 VIRIDIS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]])  # RGB, low to high
 TICKS = [digit * 10.0**power for power in range(-9, 10) for digit in (1, 2, 5)]
 MAX_PIXELS = 256
@@ -23,7 +22,7 @@ def loss_curves(results: Results) -> dict[str, str]:
     """SVG text by loss part, for each part that any run logged."""
     lines = [line for run in results.runs for logged in run.stages.values() for line in logged]
     panels = {}
-    for part in LOSS_PARTS:
+    for part in ("loss", "ce", "response_kl", "visual_kl", "relation"):
         if values := [line[part] for line in lines if 0 < (line.get(part) or 0) < math.inf]:  # fit on a log axis
             ticks = TICKS[bisect(TICKS, min(values)) - 1 : bisect(TICKS, max(values)) + 1]
             panels[part] = render("curve.svg.jinja", results=results, part=part, ticks=ticks, log10=math.log10)

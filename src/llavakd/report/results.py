@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,12 +80,16 @@ def collect(runs: Sequence[Path]) -> Results:
     for key, value in (item for run in found for item in (run.results.get("environment") or {}).items()):
         known = environment.setdefault(key, [])
         known += [item for item in (value if isinstance(value, list) else [value]) if item not in known]
-    return Results(
-        rows=[_read_row(raw, holders, probe) for raw, holders in _merge_rows(found)],
-        runs=found,
-        environment={key: known if known[1:] else known[0] for key, known in environment.items()},
-        probe=probe,
-    )
+    rows = []
+    for raw, holders in _merge_rows(found):
+        # What the model's evaluation kept is in the first of the runs that has any of it.
+        run = next((run for run in holders if (run.folder / "evaluation" / raw["name"]).is_dir()), holders[0])
+        kept = run.folder / "evaluation" / raw["name"]
+        predictions = {line["id"]: line for line in _read(kept / "predictions.jsonl", **ANSWER)}
+        same_picture = run.probe is None or run.probe.get("id") == probe.get("id")
+        gram = np.load(kept / "gram.npy") if same_picture and (kept / "gram.npy").is_file() else None
+        rows.append(Row(raw["name"], raw.get("seed"), raw["accuracy"], raw["n"], raw, run, predictions, gram))
+    return Results(rows, found, {key: known if known[1:] else known[0] for key, known in environment.items()}, probe)
 
 
 def _merge_rows(runs: Sequence[Run]) -> list[tuple[Json, list[Run]]]:
@@ -97,65 +101,42 @@ def _merge_rows(runs: Sequence[Run]) -> list[tuple[Json, list[Run]]]:
                 holders.append(run)
                 break
             if (raw["name"], raw.get("seed")) == (other["name"], other.get("seed")):
-                raise UserError(
-                    f"{holders[0].folder} and {run.folder} hold different rows for {raw['name']!r} with seed "
-                    f"{raw.get('seed')}, expected one; leave one of the folders out, or train with another seed"
-                )
+                told = f"hold different rows for {raw['name']!r} with seed {raw.get('seed')}, expected one"
+                hint = "leave one of the folders out, or train with another seed"
+                raise UserError(f"{holders[0].folder} and {run.folder} {told}; {hint}")
         else:
             merged.append((raw, [run]))
     return merged
 
 
-def _read_row(raw: Json, holders: Sequence[Run], probe: Json) -> Row:
-    """Read what the model's evaluation kept, in the first of the runs that has any of it."""
-    run = next((run for run in holders if (run.folder / "evaluation" / raw["name"]).is_dir()), holders[0])
-    kept = run.folder / "evaluation" / raw["name"]
-    same_picture = run.probe is None or run.probe.get("id") == probe.get("id")
-    scores: Json = {key: raw.get(key) for key in ("name", "seed", "accuracy", "n")}
-    return Row(
-        **scores,
-        raw=raw,
-        run=run,
-        predictions={line["id"]: line for line in _read(kept / "predictions.jsonl", **ANSWER)},
-        gram=np.load(kept / "gram.npy") if same_picture and (kept / "gram.npy").is_file() else None,
-    )
-
-
 def _read_run(folder: Path, label: str) -> Run:
-    results, pipeline = _read(folder / "results.json", rows=list), _read(folder / "pipeline.json", stages=list)
-    if not results:
+    results = next(_read(folder / "results.json", rows=list), None)
+    if results is None:
         raise UserError(f"{folder} has no results.json; run `llava-kd train` there first")
-    for index, raw in enumerate(results[0]["rows"]):
+    for index, raw in enumerate(results["rows"]):
         where = f"{folder / 'results.json'}: row {index}"
         if _check(raw, where, name=str, accuracy=float, n=int)["n"] < 1:
             raise UserError(f"{where} has n = {raw['n']}, expected 1 or more questions; evaluate it again")
     usual = [{"name": name, "state": "done"} for name in STAGES if (folder / name / "metrics.jsonl").is_file()]
-    ledger = {stage["name"]: stage for stage in (pipeline[0]["stages"] if pipeline else usual)}
-    logged = {name: _read(folder / name / "metrics.jsonl", step=int) for name in ledger}
-    recipe, probe = folder / "recipe.yaml", _read(folder / "evaluation" / "probe.json", images=list)
-    return Run(
-        folder=folder,
-        label=label,
-        results=results[0],
-        ledger=ledger,
-        stages={name: lines for name, lines in logged.items() if lines},
-        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
-        probe=probe[0] if probe else None,
-    )
+    pipeline = next(_read(folder / "pipeline.json", stages=list), {"stages": usual})
+    ledger = {stage["name"]: stage for stage in pipeline["stages"]}
+    stages = {name: lines for name in ledger if (lines := [*_read(folder / name / "metrics.jsonl", step=int)])}
+    recipe = path.read_text(encoding="utf-8") if (path := folder / "recipe.yaml").is_file() else None
+    probe = next(_read(folder / "evaluation" / "probe.json", images=list), None)
+    return Run(folder, label, results, ledger, stages, recipe, probe)
 
 
-def _read(path: Path, **needed: type) -> list[Json]:
-    """Read the JSON object of a file, or one a line of .jsonl, each with the needed keys; nothing without the file."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    objects = []
+def _read(path: Path, **needed: type) -> Iterator[Json]:
+    """The JSON object of a file, or one a line of .jsonl, each with the needed keys; nothing without the file."""
+    text, lines = path.read_text(encoding="utf-8") if path.is_file() else "", path.suffix == ".jsonl"
     # Not splitlines, which also splits at characters that JSON may hold.
-    for number, part in enumerate(text.split("\n") if path.suffix == ".jsonl" else [text], start=1):
-        where = f"{path}, line {number}" if path.suffix == ".jsonl" else f"{path}"
+    for number, part in enumerate(text.split("\n") if lines else [text], start=1):
+        where = f"{path}, line {number}" if lines else f"{path}"
         try:
-            objects += [_check(json.loads(part), where, **needed)] if part.strip() else []
+            if part.strip():
+                yield _check(json.loads(part), where, **needed)
         except json.JSONDecodeError as error:
             raise UserError(f"{where} is not valid JSON ({error}); {AGAIN}") from error
-    return objects
 
 
 def _check(data: Any, where: str, **needed: type) -> Json:

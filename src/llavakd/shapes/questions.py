@@ -5,11 +5,10 @@ Things are asked for by their place: finding one by its colour and shape is what
 about half for yes and no, under 40 % for the rest.  A scene may not allow a kind, or not the answer that was drawn.
 """
 
-from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import accumulate, cycle, permutations
+from itertools import cycle, permutations
 from typing import NamedTuple
 
 import numpy as np
@@ -74,8 +73,8 @@ def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Question | None:
         if question.kind == kind:
             fitting.setdefault(question.answer if question.answer in KINDS[kind] else ANOTHER, []).append(question)
     shares = {answer: share for answer, share in KINDS[kind].items() if answer in fitting}
-    edges = list(accumulate(shares.values()))
-    several = fitting[list(shares)[bisect(edges, rng.random() * edges[-1])] if shares else ANOTHER]
+    weights = np.array([*shares.values()])
+    several = fitting[rng.choice([*shares], p=weights / weights.sum()) if shares else ANOTHER]
     return several[int(rng.integers(len(several)))] if several else None
 
 

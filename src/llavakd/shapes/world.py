@@ -54,18 +54,6 @@ def _train_rows(image: Path, noise: float, rng: np.random.Generator, slips: np.r
     yield "pretrain", _row(image.stem, _described(scene, rng), image=image.name)
 
 
-def _exam_rows(image: Path, split: str, numbers: range, rng: np.random.Generator) -> Iterator[Row]:
-    """Kinds go round over all questions of the split; scenes are drawn until one allows all kinds that are due."""
-    due = [list(KINDS)[number % len(KINDS)] for number in numbers]
-    questions: list[Question] = []
-    while len(questions) < len(due):
-        scene = scene_in(split, rng)
-        questions = [question for kind in due if (question := ask(scene, kind, rng))]
-    draw(scene, rng).save(image, compress_level=_COMPRESS)
-    for number, question in enumerate(questions):
-        yield split, _row(f"{image.stem}-{number}", [question], image=image.name, kind=question.kind)
-
-
 def _rows(images: Path, world: WorldConfig, exams: dict[str, int], place: tuple[str, int]) -> list[Row]:
     """The rows of scene `index` of a split, its picture written; `exams` counts the questions of val and test."""
     split, index = place
@@ -78,8 +66,16 @@ def _rows(images: Path, world: WorldConfig, exams: dict[str, int], place: tuple[
     if split == "train":
         slips = np.random.default_rng((world.seed, _SLIPS, index))
         return list(_train_rows(images / f"{index:06d}.png", world.noise, rng, slips))
+    # Kinds go round over all questions of the split; scenes are drawn until one allows all kinds that are due.
     numbers = range(exams[split])[index * _MIX["exam_questions"] :][: _MIX["exam_questions"]]
-    return list(_exam_rows(images / f"{split}-{index:06d}.png", split, numbers, rng))
+    due = [list(KINDS)[number % len(KINDS)] for number in numbers]
+    questions: list[Question] = []
+    while len(questions) < len(due):
+        scene = scene_in(split, rng)
+        questions = [question for kind in due if (question := ask(scene, kind, rng))]
+    name = f"{split}-{index:06d}"
+    draw(scene, rng).save(images / f"{name}.png", compress_level=_COMPRESS)
+    return [(split, _row(f"{name}-{n}", [one], image=f"{name}.png", kind=one.kind)) for n, one in enumerate(questions)]
 
 
 def examples(count: int) -> list[tuple[Image.Image, Question]]:
@@ -92,13 +88,11 @@ def examples(count: int) -> list[tuple[Image.Image, Question]]:
 def write_world(directory: Path, world: WorldConfig, *, workers: int = 1) -> tuple[int, dict[str, int]]:
     """Write pictures and conversations of a Shapes world, with a bar; however many `workers` draw, the same bytes.
 
-    The folder, new or empty, gets `images/` and six JSON lists of LLaVA rows, whose `image` is relative to `images/`:
-    `pretrain` (a caption for each of the `scenes` train pictures), `instruct` (questions about them and a few about
-    scenes told in words), `text` (two rows without picture for each train scene), `mixed` (the first two and a
-    twenty-fourth of the third), `test` (`test_questions` rows of one question, its kind as `type`) and `val` (half as
-    many). No scene is in two splits; those told in words are of the split `text`. `noise` is the share of wrong answers
-    in `instruct`, so in `mixed`. Returns how many pictures and how many rows of each list were written. Raises
-    UserError, with nothing written, where the folder is not empty or a number of `world` is out of its range.
+    The folder, new or empty, gets `images/` with `scenes` train pictures and others, and the lists of LLaVA rows that
+    world.yaml names as `files`; `image` is relative to `images/`, `test` has `test_questions` rows. No scene is in two
+    splits; those told in words are of the split `text`. `noise` is the share of wrong answers in `instruct`, so in
+    `mixed`. Returns how many pictures and how many rows of each list were written. Raises UserError, with nothing
+    written, where the folder is not empty or a number of `world` is out of its range.
     """
     checked(WorldConfig, vars(world))
     if workers < 1:
@@ -112,7 +106,7 @@ def write_world(directory: Path, world: WorldConfig, *, workers: int = 1) -> tup
     sizes = {name: -(-questions // _MIX["exam_questions"]) for name, questions in exams.items()}
     sizes = {"train": world.scenes, "text": 2 * world.scenes} | sizes
     places = [(split, index) for split, size in sizes.items() for index in range(size)]
-    rows: dict[str, list[str]] = {file: [] for file in ("pretrain", "instruct", "text", "mixed", "val", "test")}
+    rows: dict[str, list[str]] = {file: [] for file in WORLD["files"]}
     with pool as workforce, bar("draw", len(places)) as advance:
         work = partial(workforce.map, chunksize=_CHUNK) if workforce else map
         for done, found in enumerate(work(partial(_rows, images, world, exams), places), start=1):
