@@ -74,9 +74,15 @@ def _unit_gram(
 
 
 def _operands(hidden: Tensor, head: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Hidden states as narrow as their products are taken, and W^T W of the head."""
+    """Hidden states as narrow as their products are taken, and W^T W of the head, kept where the head does not learn."""
     dtype = operand_dtype(hidden)
-    return hidden.to(dtype), _head_square(head, vocab_size, dtype)
+    if head.requires_grad and torch.is_grad_enabled():
+        return hidden.to(dtype), _Square.apply(head, vocab_size, dtype)
+    made_from = (head._version, head.data_ptr(), vocab_size, dtype)
+    kept = _SQUARES.get(head)
+    if kept is None or kept[0] != made_from:
+        kept = _SQUARES[head] = (made_from, _Square.apply(head, vocab_size, dtype))
+    return hidden.to(dtype), kept[1]
 
 
 def _gram(hidden: Tensor, square: Tensor) -> Tensor:
@@ -122,13 +128,3 @@ class _Square(torch.autograd.Function):
         for weight, rows in zip(*(rows[: ctx.vocab_size].split(_ROWS) for rows in (head, result)), strict=True):
             rows.copy_(precise_product(weight.to(ctx.dtype), both))
         return result, None, None
-
-
-def _head_square(head: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
-    if head.requires_grad and torch.is_grad_enabled():
-        return _Square.apply(head, vocab_size, dtype)
-    made_from = (head._version, head.data_ptr(), vocab_size, dtype)
-    kept = _SQUARES.get(head)
-    if kept is None or kept[0] != made_from:
-        kept = _SQUARES[head] = (made_from, _Square.apply(head, vocab_size, dtype))
-    return kept[1]
