@@ -48,9 +48,8 @@ def check_source(
     rows = (mistake.partition(": ") for mistake in samples.mistakes)
     findings = [{"row": row, "kind": "row", "message": message} for row, _, message in rows]
     first: dict[bytes, int] = {}  # the first row of each digest
-    tokens: list[list[int]] = []
-    good: list[int] = []
-    done, workers = 0, min(workers or os.cpu_count() or 1, len(samples) // _CHUNK + 1)
+    tokens, good, done = list[list[int]](), list[int](), 0
+    workers = min(workers or os.cpu_count() or 1, len(samples) // _CHUNK + 1)
     options: dict[str, Any] = {"dataset": samples, "num_workers": workers if workers > 1 else 0}
     look_at = partial(_look_at, data, readers, fast, set())
     with bar(f"check {Path(data.path).name}", len(samples)) as advance:
