@@ -1,7 +1,4 @@
-"""The recipe: one YAML file that describes a whole run, read strictly; docs/config_notes.yaml says what each key means.
-
-Run lines: `load_recipe(Path("recipes/shapes/smoke.yaml"), ["stages.dpt.learning_rate=1e-3"])`.
-"""
+"""The recipe: one YAML file that describes a whole run, read strictly; docs/config_notes.yaml says what each key means."""
 
 import json
 import re
