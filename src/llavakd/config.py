@@ -1,16 +1,11 @@
-"""The recipe: one YAML file that describes a whole run, read strictly; docs/config_notes.yaml says what each key means.
+"""The recipe: one YAML file that describes a whole run, read strictly; docs/config_notes.yaml says what each key means."""
 
-Run lines: `load_recipe(Path("recipes/shapes/smoke.yaml"), ["stages.dpt.learning_rate=1e-3"])`.
-"""
-
-import dataclasses
 import json
 import re
-import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -21,7 +16,7 @@ from llavakd.errors import RecipeError, nearest
 Part = Literal["vision_tower", "projector", "language_model"]
 TemplateName = Literal["pretrain", "vicuna_v1", "chatml"]
 MetricName = Literal["exact_match", "vqa_accuracy", "option_letter", "yes_no"]
-Section = typing.TypeVar("Section")
+Section = TypeVar("Section")
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -225,7 +220,7 @@ def checked(kind: type[Section], tree: Any) -> Section:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, every default written out; `load_recipe` reads it back to an equal Recipe."""
-    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)
 
 
 def resolve_paths(recipe: Recipe, out: Path) -> Recipe:
@@ -255,12 +250,10 @@ def differing_keys(old: Any, new: Any, place: str = "") -> list[str]:
 def control_twin(recipe: Recipe) -> Recipe:
     """The equal-step control: the same stages on the same data from the same start, cross-entropy only."""
     plain = {"dpt": "pt", "sft": "sft", "dft": "sft2"}
-    stages = tuple(
-        dataclasses.replace(stage, name=plain.get(stage.name, f"{stage.name}-plain"), losses=LossConfig(ce=1.0))
-        for stage in recipe.stages
-    )
+    names = {stage.name: plain.get(stage.name, f"{stage.name}-plain") for stage in recipe.stages}
+    stages = tuple(replace(stage, name=names[stage.name], losses=LossConfig(ce=1.0)) for stage in recipe.stages)
     name = "-".join(plain.get(stage.name, stage.name).rstrip("2") for stage in recipe.stages)
-    return dataclasses.replace(recipe, name=name, stages=stages, teacher=None)
+    return replace(recipe, name=name, stages=stages, teacher=None)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -288,7 +281,7 @@ def _explain(problem: Any) -> str:
     place, got = ".".join(map(str, problem["loc"])) or "the recipe", problem["input"]
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         *above, last = problem["loc"]
-        return f"unknown key {place!r}{nearest(last, [field.name for field in dataclasses.fields(_owner(above))])}"
+        return f"unknown key {place!r}{nearest(last, [field.name for field in fields(_owner(above))])}"
     if problem["type"] in ("missing", "missing_argument"):
         return f"key {place!r} is missing; add it"
     if problem["type"] == "literal_error":
@@ -301,9 +294,9 @@ def _owner(place: list[Any], kind: Any = Recipe) -> Any:
     """The dataclass at `place` below `kind`, found through the annotations."""
     if not place:
         return kind
-    hint = typing.get_type_hints(kind)[place[0]]
-    inner = next(part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part))
-    return _owner(place[2 if typing.get_origin(hint) in (dict, tuple) else 1 :], inner)
+    hint = get_type_hints(kind)[place[0]]
+    inner = next(part for part in (hint, *get_args(hint)) if is_dataclass(part))
+    return _owner(place[2 if get_origin(hint) in (dict, tuple) else 1 :], inner)
 
 
 def _problems(recipe: Recipe) -> Iterator[str]:

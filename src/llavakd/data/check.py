@@ -21,18 +21,13 @@ from llavakd.progress import bar
 HARMLESS = ("truncated", "duplicate")  # kinds of finding with which a row still trains
 _CHUNK = 256
 _SEGMENTS = (Segment.VISUAL, Segment.PROMPT, Segment.RESPONSE)
-Reader = tuple[ChatRenderer, Any]  # how one model reads a row: template and tokenizer, and its picture processor
+Models = Sequence[tuple[ChatRenderer, Any]]  # how each reads a row: template and tokenizer, and picture processor
 # What is seen of a row: a digest of what it says, its tokens by segment once if it renders, what is wrong by kind.
 Look = tuple[bytes, list[list[int]], dict[str, str]]
 
 
 def check_source(
-    data: DataConfig,
-    readers: Sequence[Reader] = (),
-    *,
-    fast: bool = False,
-    workers: int | None = None,
-    clean: Path | None = None,
+    data: DataConfig, readers: Models = (), *, fast: bool = False, workers: int | None = None, clean: Path | None = None
 ) -> dict[str, Any]:
     """Look at every row of one source, with a bar, as all `readers` would read it; without any only at rows and pictures.
 
@@ -48,9 +43,8 @@ def check_source(
     rows = (mistake.partition(": ") for mistake in samples.mistakes)
     findings = [{"row": row, "kind": "row", "message": message} for row, _, message in rows]
     first: dict[bytes, int] = {}  # the first row of each digest
-    tokens: list[list[int]] = []
-    good: list[int] = []
-    done, workers = 0, min(workers or os.cpu_count() or 1, len(samples) // _CHUNK + 1)
+    tokens, good, done = list[list[int]](), list[int](), 0
+    workers = min(workers or os.cpu_count() or 1, len(samples) // _CHUNK + 1)
     options: dict[str, Any] = {"dataset": samples, "num_workers": workers if workers > 1 else 0}
     look_at = partial(_look_at, data, readers, fast, set())
     with bar(f"check {Path(data.path).name}", len(samples)) as advance:
@@ -77,7 +71,7 @@ def check_source(
 
 
 def _look_at(
-    data: DataConfig, readers: Sequence[Reader], fast: bool, sizes: set[tuple[int, int]], chunk: Sequence[Sample]
+    data: DataConfig, readers: Models, fast: bool, sizes: set[tuple[int, int]], chunk: Sequence[Sample]
 ) -> list[Look]:
     """What is seen of some rows; `sizes`, those of the pictures that the processors took, grows from call to call."""
     if get_worker_info():

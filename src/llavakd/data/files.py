@@ -71,8 +71,7 @@ def _scan_json(file: BinaryIO, path: Path) -> Iterator[tuple[tuple[int, int], An
     decode, read = json.JSONDecoder().raw_decode, codecs.getincrementaldecoder("utf-8")().decode
     lines, text, position, offset, rows = path.suffix == ".jsonl", "", 0, 0, 0
     while True:
-        before = _MARK.match(text, position)
-        assert before is not None, "the expression matches nothing, too"
+        before = next(_MARK.finditer(text, position))  # perhaps nothing
         first, mark = before.end(), before[1]
         wanted, last = ("", "") if lines else (",", "]") if rows else ("[", None)
         if first < len(text) and mark != wanted:

@@ -17,22 +17,17 @@ def plan_epoch(
     in every epoch. `modality_length` keeps rows with and without pictures apart, except in the one batch that their
     ragged ends share; with a single modality it is a plain shuffle.
     """
-    size = global_batch_size
-
-    def whole(rows: np.ndarray) -> list[np.ndarray]:
-        return [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
-
-    rng = np.random.default_rng((seed, epoch))
-    order, batches = rng.permutation(len(lengths)), []
+    size, rng = global_batch_size, np.random.default_rng((seed, epoch))
+    order = rng.permutation(len(lengths))
     if grouping == "length":
         order = order[: len(order) // size * size]  # before sorting: else the shortest rows are never seen
         for pool in np.split(order, range(size * _LENGTH_POOL, len(order), size * _LENGTH_POOL)):
             pool[:] = _longest_first(pool, lengths)  # a view of `order`
     if grouping == "modality_length":
-        visual, textual = order[lengths[order] > 0], order[lengths[order] < 0]
-        batches = whole(visual) + whole(textual)
-        order = rng.permutation(np.concatenate([part[len(part) // size * size :] for part in (visual, textual)]))
-    batches += whole(order)
+        parts = order[lengths[order] > 0], order[lengths[order] < 0]
+        whole, ends = zip(*(np.split(part, [len(part) // size * size]) for part in parts), strict=True)
+        order = np.concatenate([*whole, rng.permutation(np.concatenate(ends))])
+    batches = order[: len(order) // size * size].reshape(-1, size)
     return [_longest_first(batches[i], lengths) for i in rng.permutation(len(batches))]
 
 

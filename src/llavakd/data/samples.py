@@ -89,13 +89,12 @@ def load_samples(data: DataConfig, max_bad_rows: float = 0.0, *, find_pictures: 
         except DataError as error:
             mistakes.append(str(error))
             continue
-        if data.subset is None or _in_subset(sample.id, data.subset):
-            if data.images is None and any(not name.startswith("@") for name in sample.images):
-                raise DataError(
-                    f"{path} has rows with pictures, but the source has no `images`; set it to their folder"
-                )
-            places.extend((*place, rows - 1))
-            lengths.extend(word_lengths([sample]).tolist())
+        if data.subset and not _in_subset(sample.id, data.subset):
+            continue
+        if data.images is None and any(not name.startswith("@") for name in sample.images):
+            raise DataError(f"{path} has rows with pictures, but the source has no `images`; set it to their folder")
+        places.extend((*place, rows - 1))
+        lengths.extend(word_lengths([sample]).tolist())
     if len(mistakes) > max_bad_rows * rows:
         raise too_many(mistakes, len(mistakes), rows, max_bad_rows)
     if not lengths and not mistakes:

@@ -3,8 +3,7 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from llavakd.losses.products import operand_dtype, precise_product, product
@@ -53,11 +52,9 @@ def gram(hidden: Tensor, head: Tensor) -> Tensor:
     return _gram(*_operands(hidden, head, len(head)))
 
 
-def _unit_gram(
-    hidden: Tensor, head: Tensor, vocab_size: int, center: bool, row_normalize: bool, valid: Tensor | None
-) -> Tensor:
+def _unit_gram(hidden: Tensor, head: Tensor, width: int, center: bool, normalize: bool, valid: Tensor | None) -> Tensor:
     """`gram` of Frobenius norm one, [B, N, N]; arguments as `relation_distance`."""
-    hidden, square = _operands(hidden, head, vocab_size)
+    hidden, square = _operands(hidden, head, width)
     if valid is not None:
         hidden = hidden.where(valid.unsqueeze(-1), 0)
     if center:
@@ -66,7 +63,7 @@ def _unit_gram(
         hidden = hidden - hidden.sum(-2, keepdim=True) / count
         hidden = hidden if valid is None else hidden.where(valid.unsqueeze(-1), 0)
     matrix = _gram(hidden, square)
-    if row_normalize:
+    if normalize:
         length = matrix.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(matrix.dtype).tiny).sqrt()
         matrix = matrix / (length.unsqueeze(-1) * length.unsqueeze(-2))
     norm = torch.linalg.matrix_norm(matrix, keepdim=True)
@@ -74,15 +71,21 @@ def _unit_gram(
 
 
 def _operands(hidden: Tensor, head: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Hidden states as narrow as their products are taken, and W^T W of the head."""
+    """Hidden states as narrow as their products are taken, and W^T W of the head, kept where the head does not learn."""
     dtype = operand_dtype(hidden)
-    return hidden.to(dtype), _head_square(head, vocab_size, dtype)
+    if head.requires_grad and torch.is_grad_enabled():
+        return hidden.to(dtype), _Square.apply(head, vocab_size, dtype)
+    made_from = (head._version, head.data_ptr(), vocab_size, dtype)
+    kept = _SQUARES.get(head)
+    if kept is None or kept[0] != made_from:
+        kept = _SQUARES[head] = (made_from, _Square.apply(head, vocab_size, dtype))
+    return hidden.to(dtype), kept[1]
 
 
 def _gram(hidden: Tensor, square: Tensor) -> Tensor:
     tokens = hidden.shape[-2]  # Tensor cores want rows of whole 16 bytes; tokens of zeros add zeros.
     with torch.autocast(hidden.device.type, enabled=False):
-        return _Gram.apply(F.pad(hidden, (0, 0, 0, -tokens % 8)), square)[..., :tokens, :tokens]
+        return _Gram.apply(nn.functional.pad(hidden, (0, 0, 0, -tokens % 8)), square)[..., :tokens, :tokens]
 
 
 class _Gram(torch.autograd.Function):
@@ -122,13 +125,3 @@ class _Square(torch.autograd.Function):
         for weight, rows in zip(*(rows[: ctx.vocab_size].split(_ROWS) for rows in (head, result)), strict=True):
             rows.copy_(precise_product(weight.to(ctx.dtype), both))
         return result, None, None
-
-
-def _head_square(head: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
-    if head.requires_grad and torch.is_grad_enabled():
-        return _Square.apply(head, vocab_size, dtype)
-    made_from = (head._version, head.data_ptr(), vocab_size, dtype)
-    kept = _SQUARES.get(head)
-    if kept is None or kept[0] != made_from:
-        kept = _SQUARES[head] = (made_from, _Square.apply(head, vocab_size, dtype))
-    return kept[1]

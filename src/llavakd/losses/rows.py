@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llavakd.losses.divergence import DIVERGENCES, resolve
@@ -209,8 +208,8 @@ def score_torch(
     ce, grad = cross_entropy_with_gradient(logits, labels, ce_weight)
     kl = torch.zeros_like(ce)
     if taught is not None:
-        student = F.log_softmax(logits / temperature, dim=-1)
-        teacher = F.log_softmax(form_logits(taught, forms[1])[0] / temperature, dim=-1)
+        student = torch.log_softmax(logits / temperature, dim=-1)
+        teacher = torch.log_softmax(form_logits(taught, forms[1])[0] / temperature, dim=-1)
         kind = DIVERGENCES[divergence]
         terms, slopes = kind.terms(student, teacher, beta)
         kl = terms.sum(-1).where(kl_weight != 0, 0)
@@ -224,7 +223,7 @@ def cross_entropy_with_gradient(logits: Tensor, labels: Tensor, weight: Tensor) 
     """CE [n], zero where it does not count, and the gradient of its weighted sum to `logits` [n, V]."""
     counts = (labels != IGNORE_INDEX) & (weight != 0)
     target = labels.where(counts, 0)[:, None]
-    logp = F.log_softmax(logits, dim=-1)
+    logp = torch.log_softmax(logits, dim=-1)
     ce = -logp.gather(1, target).squeeze(1).where(counts, 0)
     weight = weight.where(counts, 0)[:, None]
     return ce, (logp.exp() * weight).scatter_add(1, target, -weight)

@@ -51,8 +51,7 @@ def align(student: VisionLanguageModel, teacher: VisionLanguageModel) -> Pair:
 
 def shared_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, head_rows: int) -> int:
     """How many leading ids mean the same token to both; UserError where tokenizers differ, naming the first id."""
-    ours = {index: token for token, index in student.get_vocab().items()}
-    theirs = {index: token for token, index in teacher.get_vocab().items()}
+    ours, theirs = ({index: token for token, index in one.get_vocab().items()} for one in (student, teacher))
     shared = min(max(ours) + 1, max(theirs) + 1, head_rows)
     for index in range(shared):
         left, right = ours.get(index), theirs.get(index)

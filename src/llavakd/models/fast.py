@@ -13,29 +13,20 @@ _KEPT = 0.8  # share of its activations that a compiled layer keeps; benchmarks/
 
 
 def attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int | None = None,
-    **how: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **how: Any
 ) -> tuple[Tensor, None]:
     """Causal attention as transformers calls it, of padded rows [B, H, T, D], or of a pack [1, H, T, D] of rows.
 
     No mask: padding stands on the right, where no token sees it; a pack's rows, from `cu_seq_lens_q` (int32, with both
-    ends) to the next, do not see one another.
+    ends) to the next and at most `max_length_q` tokens long, do not see one another.
     """
-    if cu_seq_lens_q is None:
-        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **how)
+    if (starts := how.get("cu_seq_lens_q")) is None:
+        return sdpa_attention_forward(module, query, key, value, None, **how)
     groups = query.shape[1] // key.shape[1]
     heads = query, repeat_kv(key, groups), repeat_kv(value, groups)
-    rows = [one.squeeze(0).transpose(0, 1).to(value.dtype) for one in heads]  # the rotation leaves float32
-    ends: Any = cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q
-    attended: Any = varlen_attn(rows[0], rows[1], rows[2], *ends, scale=scaling, window_size=(-1, 0))
+    query, key, value = (one.squeeze(0).transpose(0, 1).to(value.dtype) for one in heads)  # the rotation leaves float32
+    ends = starts, starts, how["max_length_q"], how["max_length_q"]
+    attended: Any = varlen_attn(query, key, value, *ends, scale=how["scaling"], window_size=(-1, 0))
     return attended.unsqueeze(0), None
 
 
@@ -48,18 +39,14 @@ def attend_by_rows(model: LlavaForConditionalGeneration) -> None:
         model.model.language_model.set_attn_implementation(_NAME)
 
 
-def compile_layers(
-    student: LlavaForConditionalGeneration, *others: LlavaForConditionalGeneration, **options: Any
-) -> None:
+def compile_layers(student: nn.Module, *others: nn.Module, **options: Any) -> None:
     """Compile each layer of all towers and language models, with torch.compile's options; equal layers share the result.
 
     Layers of a language model that learns keep _KEPT of their activations and make the rest again, the cheapest first.
     """
     torch.compiler.reset()  # what an earlier stage compiled counts against a limit
-    learns = any(weight.requires_grad for weight in student.model.language_model.parameters())
+    learns = any(weight.requires_grad for weight in student.get_submodule("model.language_model").parameters())
     torch._functorch.config.activation_memory_budget = _KEPT if learns else 1.0
-    for stack in (
-        module for model in (student, *others) for module in model.modules() if isinstance(module, nn.ModuleList)
-    ):
-        for layer in stack:
-            layer.compile(**options)
+    modules = [module for model in (student, *others) for module in model.modules()]
+    for layer in (layer for stack in modules if isinstance(stack, nn.ModuleList) for layer in stack):
+        layer.compile(**options)

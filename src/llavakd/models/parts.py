@@ -67,9 +67,8 @@ def load_image_processor(source: str, *, mode: str = "square") -> Any:
     processor = IMAGE_PROCESSORS[kind](**settings)
     if mode == "square":
         return processor
-    whole = processor.to_dict()
-    crops = bool(whole.get("do_center_crop"))  # where it does not say, LLaVA's own would
-    return transformers.LlavaImageProcessorPil(**whole | {"do_pad": True, "do_center_crop": crops})
+    crops = bool(getattr(processor, "do_center_crop", False))  # where it does not say, LLaVA's own would
+    return transformers.LlavaImageProcessorPil(**processor.to_dict() | {"do_pad": True, "do_center_crop": crops})
 
 
 def load_vision_tower(source: str, *, scratch: bool) -> nn.Module:
@@ -133,15 +132,13 @@ def check_language_model(language_model: Any, source: str) -> None:
 
 
 def add_image_token(tokenizer: Any, config: Any) -> None:
-    """Give a tokenizer `<image>` and padding, and a whole model's configuration their ids and rows for all ids.
-
-    `<image>` takes a free row where there is one, for more rows would change V.
-    """
+    """Give a tokenizer `<image>` and padding, and a whole model's configuration their ids and rows for all ids."""
     if IMAGE_TAG not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TAG]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    rows = max(tokenizer.get_vocab().values()) + 1  # not len(tokenizer): a vocabulary may have holes
+    # Not len(tokenizer), a vocabulary may have holes; `<image>` takes a free row, for more of them would change V.
+    rows = max(tokenizer.get_vocab().values()) + 1
     config.text_config.vocab_size = max(rows, config.text_config.vocab_size)
     config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TAG)
     config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id

@@ -1,7 +1,6 @@
 """A frozen teacher's matrices in 8 bits: symmetric, one scale for each row of a weight and, as it runs, for each token."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llavakd.errors import UserError
@@ -24,7 +23,7 @@ class QuantizedLinear(nn.Module):
         rows, scale = quantize_rows(x.flatten(0, -2), self.weight.dtype)
         weight = self.weight.t()
         if weight.dtype == torch.int8:
-            rows = F.pad(rows, (0, 0, 0, max(0, 17 - len(rows))))  # a GPU multiplies no fewer
+            rows = nn.functional.pad(rows, (0, 0, 0, max(0, 17 - len(rows))))  # a GPU multiplies no fewer
             y = torch._int_mm(rows, weight)[: len(scale)] * scale * self.scale
         else:
             y = torch._scaled_mm(rows, weight, scale, self.scale, out_dtype=torch.bfloat16, use_fast_accum=True)
