@@ -333,8 +333,8 @@ def _stage_problems(stage: StageConfig, recipe: Recipe) -> Iterator[str]:
     if stage.lora_rank and "language_model" not in stage.train:
         yield f"lora_rank: updates the language model, but train is {', '.join(stage.train)}; add language_model"
     if stage.lora_base == "nf4" and not (stage.lora_rank and recipe.sharding == "none"):
-        found = f"lora_rank is {stage.lora_rank or 'absent'} and sharding {recipe.sharding}"
-        yield f"lora_base: got nf4, but {found}; set a lora_rank and sharding: none, or lora_base: float32"
+        found = f"lora_rank {stage.lora_rank} and sharding {recipe.sharding}"
+        yield f"lora_base: got nf4 with {found}; give a lora_rank and sharding: none, or lora_base: float32"
     if not any(weights.values()):
         yield f"losses: every weight is 0; give at least one of {', '.join(weights)} a weight"
     if losses.distils and not recipe.teacher:

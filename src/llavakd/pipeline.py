@@ -23,7 +23,7 @@ from llavakd.errors import UserError
 from llavakd.evaluate import compare_segments, evaluate_model
 from llavakd.models.alignment import align
 from llavakd.models.fast import attend_by_rows, compile_layers
-from llavakd.models.quantized import NF4Linear, quantize, swap_bases
+from llavakd.models.quantized import NF4Linear, quantize
 from llavakd.models.student import (
     VisionLanguageModel,
     add_updates,
@@ -169,8 +169,9 @@ def _train(run: Run, stage: StageConfig, before: StageConfig | None) -> dict[str
     student = load_student(start) if start else build_student(recipe.student, seed=recipe.seed)
     student.train_only(stage.learns)
     updates: Any = add_updates(student, stage.lora_rank, seed=recipe.seed) if stage.lora_rank else None
-    if nf4 := stage.lora_base == "nf4":
-        swap_bases(updates, partial(NF4Linear, device=accelerator.device))
+    narrow = [layer for layer in updates.modules() if hasattr(layer, "base_layer")] if stage.lora_base == "nf4" else []
+    for layer in narrow:
+        layer.base_layer = NF4Linear(layer.base_layer, accelerator.device)
     teacher = load_teacher(recipe.teacher) if stage.losses.distils and recipe.teacher else None
     pair = align(student, teacher) if teacher else None
     if pair and accelerator.is_main_process:
@@ -186,8 +187,8 @@ def _train(run: Run, stage: StageConfig, before: StageConfig | None) -> dict[str
     student.model.train()
     folder.mkdir(exist_ok=True)
     progress = run_stage(state, dataset, recipe, folder)
-    if nf4 and accelerator.is_main_process:
-        swap_bases(updates, NF4Linear.widened)
+    for layer in narrow * accelerator.is_main_process:
+        layer.base_layer = layer.base_layer.widened()
     join(module, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
         student.model.tie_weights()

@@ -1,8 +1,5 @@
 """Frozen matrices in few bits: a teacher's in 8, symmetric, one scale for each row and token; a student's in 4, below updates."""
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,28 +40,21 @@ class NF4Linear(nn.Module):
             from bitsandbytes import functional, matmul_4bit
         except ImportError as error:
             raise UserError("lora_base: nf4 needs bitsandbytes; install it: pip install 'llava-kd[qlora]'") from error
-        weight, state = functional.quantize_nf4(linear.weight.detach().to(device), compress_statistics=True)
-        self.multiply = partial(matmul_4bit, quant_state=state)
-        self.dequantize = partial(functional.dequantize_nf4, quant_state=state)
-        linear.register_parameter("weight", None)
+        weight, self.state = functional.quantize_nf4(linear.weight.detach().to(device), compress_statistics=True)
+        self.multiply, self.dequantize = matmul_4bit, functional.dequantize_nf4
         self.weight, self.linear = nn.Parameter(weight, False), linear
+        linear.register_parameter("weight", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """In autocast's dtype, where it is on; the float weight lives for the product only, and once more for its gradient."""
         kind, bias = x.device.type, self.linear.bias
         x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-        return self.multiply(x, self.weight, bias=bias if bias is None else bias.to(x.dtype))
+        return self.multiply(x, self.weight, self.state, bias=bias if bias is None else bias.to(x.dtype))
 
     def widened(self) -> nn.Linear:
         """The float32 layer that this one computed: its weight as it was rounded, on the CPU."""
-        self.linear.weight = nn.Parameter(self.dequantize(self.weight).cpu(), False)
+        self.linear.weight = nn.Parameter(self.dequantize(self.weight, self.state).cpu(), False)
         return self.linear
-
-
-def swap_bases(updates: nn.Module, make: Callable[..., nn.Module]) -> None:
-    """Put what `make` makes of it in the place of each layer that peft's low-rank updates are added to."""
-    for layer in [module for module in updates.modules() if hasattr(module, "base_layer")]:
-        layer.base_layer = make(layer.base_layer)
 
 
 def quantize_rows(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
