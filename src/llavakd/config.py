@@ -108,6 +108,7 @@ class StageConfig:
     max_tokens_per_batch: Count | None = None
     epochs: Positive = 1.0
     lora_rank: Count | None = None
+    lora_base: Literal["float32", "nf4"] = "float32"
     reduction: Literal["sample", "token"] = "sample"
     grouping: Literal["none", "length", "modality_length"] = "modality_length"
     warmup_ratio: Share = 0.03
@@ -324,6 +325,9 @@ def _stage_problems(stage: StageConfig, recipe: Recipe) -> Iterator[str]:
     losses, weights, micro = stage.losses, stage.losses.weights, stage.micro_batch_size
     if stage.lora_rank and "language_model" not in stage.train:
         yield f"lora_rank: updates the language model, but train is {', '.join(stage.train)}; add language_model"
+    if stage.lora_base == "nf4" and not (stage.lora_rank and recipe.sharding == "none"):
+        found = f"lora_rank {stage.lora_rank} and sharding {recipe.sharding}"
+        yield f"lora_base: got nf4 with {found}; give a lora_rank and sharding: none, or lora_base: float32"
     if not any(weights.values()):
         yield f"losses: every weight is 0; give at least one of {', '.join(weights)} a weight"
     if losses.distils and not recipe.teacher:

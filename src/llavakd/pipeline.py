@@ -23,7 +23,7 @@ from llavakd.errors import UserError
 from llavakd.evaluate import compare_segments, evaluate_model
 from llavakd.models.alignment import align
 from llavakd.models.fast import attend_by_rows, compile_layers
-from llavakd.models.quantized import quantize
+from llavakd.models.quantized import NF4Linear, quantize
 from llavakd.models.student import (
     VisionLanguageModel,
     add_updates,
@@ -168,7 +168,10 @@ def _train(run: Run, stage: StageConfig, before: StageConfig | None) -> dict[str
     start = str(run.out / before.name / "model") if before else None
     student = load_student(start) if start else build_student(recipe.student, seed=recipe.seed)
     student.train_only(stage.learns)
-    updates = add_updates(student, stage.lora_rank, seed=recipe.seed) if stage.lora_rank else None
+    updates: Any = add_updates(student, stage.lora_rank, seed=recipe.seed) if stage.lora_rank else None
+    narrow = [layer for layer in updates.modules() if hasattr(layer, "base_layer")] if stage.lora_base == "nf4" else []
+    for layer in narrow:
+        layer.base_layer = NF4Linear(layer.base_layer, accelerator.device)
     teacher = load_teacher(recipe.teacher) if stage.losses.distils and recipe.teacher else None
     pair = align(student, teacher) if teacher else None
     if pair and accelerator.is_main_process:
@@ -184,6 +187,8 @@ def _train(run: Run, stage: StageConfig, before: StageConfig | None) -> dict[str
     student.model.train()
     folder.mkdir(exist_ok=True)
     progress = run_stage(state, dataset, recipe, folder)
+    for layer in narrow * accelerator.is_main_process:
+        layer.base_layer = layer.base_layer.widened()
     join(module, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
         student.model.tie_weights()

@@ -116,9 +116,11 @@ def assert_same_run(run: Path, other: Path):
 def test_two_processes_equal_one_in_every_part_of_the_loss_and_every_weight(tiny, command, tmp_path, sharding, dealt):
     """One process at once, two in micro-batches of one row, or in packs, of which they have unequally many.
 
-    With shards there are also a tower that learns, low-rank updates, and layers computed twice.
+    With shards there are also a tower that learns, low-rank updates, and layers computed twice; without, a base in 4 bits.
     """
     tree = mixed_tree(tiny) | {"sharding": sharding}  # of which one process has no use
+    if (sharding, dealt) == ("none", "rows"):
+        tree["stages"][1] |= {"lora_rank": 4, "lora_base": "nf4"}
     if sharding == "student":
         tree["stages"][2]["train"].append("vision_tower")
     if sharding == "both":

@@ -1,4 +1,4 @@
-"""A frozen teacher's matrices in 8 bits: symmetric, one scale for each row of a weight and, as it runs, for each token."""
+"""Frozen matrices in few bits: a teacher's in 8, symmetric, one scale for each row and token; a student's in 4, below updates."""
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,32 @@ class QuantizedLinear(nn.Module):
         else:
             y = torch._scaled_mm(rows, weight, scale, self.scale, out_dtype=torch.bfloat16, use_fast_accum=True)
         return (y if self.bias is None else y + self.bias).to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+class NF4Linear(nn.Module):
+    """Stands for a frozen linear layer [..., K] -> [..., N]: uint8 `weight`, 4-bit NF4, scales in 8 bits (arXiv 2305.14314)."""
+
+    def __init__(self, linear: nn.Linear, device: torch.device) -> None:
+        super().__init__()
+        try:
+            from bitsandbytes import functional, matmul_4bit
+        except ImportError as error:
+            raise UserError("lora_base: nf4 needs bitsandbytes; install it: pip install 'llava-kd[qlora]'") from error
+        weight, self.state = functional.quantize_nf4(linear.weight.detach().to(device), compress_statistics=True)
+        self.multiply, self.dequantize = matmul_4bit, functional.dequantize_nf4
+        self.weight, self.linear = nn.Parameter(weight, False), linear
+        linear.register_parameter("weight", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """In autocast's dtype, where it is on; the float weight lives for the product only, and once more for its gradient."""
+        kind, bias = x.device.type, self.linear.bias
+        x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+        return self.multiply(x, self.weight, self.state, bias=bias if bias is None else bias.to(x.dtype))
+
+    def widened(self) -> nn.Linear:
+        """The float32 layer that this one computed: its weight as it was rounded, on the CPU."""
+        self.linear.weight = nn.Parameter(self.dequantize(self.weight, self.state).cpu(), False)
+        return self.linear
 
 
 def quantize_rows(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
