@@ -55,19 +55,16 @@ def objective(
     trainer computes at micro-batch 1; a row without a picture adds nothing to visual_kl and relation, yet counts.
     On a GPU nothing waits for the device where labels, places and positions are given on the CPU.
 
-    Args:
-        student_hidden: final hidden states [B, T, D_s].
-        student_head: [V_s, D_s].
-        teacher_hidden: [B, T, D_t], or None where nothing is distilled.
-        teacher_head: [V_t, D_t], or None.
-        labels: int64 [B, T], unshifted; the row that predicts labels[b, t] is position t - 1.
-        visual: bool [B, T], picture positions, taken as they are, unshifted.
-        image_rows: int64 [P], the row of each picture.
-        losses: weights and kind of divergence.
-        reduction: "sample" or "token".
-        counts: of the whole global batch.
-        position_ids: int64 [1, T] of a pack, from 0 in each of its rows; None where each line of B is one row.
-        vocab_size: ids shared with the teacher.
+    student_hidden, student_head: final hidden states [B, T, D_s], and [V_s, D_s].
+    teacher_hidden, teacher_head: [B, T, D_t] and [V_t, D_t], or None where nothing is distilled.
+    labels: int64 [B, T], unshifted; the row that predicts labels[b, t] is position t - 1.
+    visual: bool [B, T], picture positions, taken as they are, unshifted.
+    image_rows: int64 [P], the row of each picture.
+    losses: weights and kind of divergence.
+    reduction: "sample" or "token".
+    counts: of the whole global batch.
+    position_ids: int64 [1, T] of a pack, from 0 in each of its rows; None where each line of B is one row.
+    vocab_size: ids shared with the teacher.
     """
     rows, supervised = _places(labels, position_ids)
     response, seen = supervised.nonzero(), visual.nonzero()  # (line, position that predicts)

@@ -38,8 +38,7 @@ def distill_rows_topk(
         teacher_logp: [N, k] natural log-probabilities of the teacher's whole softmax over the shared vocabulary.
         teacher_tail: [N], P_tail as it was measured; default 1 - sum_k P_k, which half-precision storage blurs.
 
-    Raises:
-        ValueError: an unknown tail, an id outside the vocabulary, or probabilities of a row that sum to more than one.
+    Raises ValueError: an unknown tail, an id outside the vocabulary, or probabilities of a row that sum to more than one.
     """
     vocab_size = shared_width(student_head, None, vocab_size)
     if tail not in ("bucket", "renormalize"):

@@ -30,15 +30,12 @@ def relation_distance(
     W^T W of a frozen head is kept until the head changes. 1 - cos is taken as half the squared distance of the
     normalised matrices, which stays exact where the two nearly agree.
 
-    Args:
-        student_hidden: [B, N, D_s], one picture's visual tokens a row.
-        student_head: [V_s, D_s].
-        teacher_hidden: [B, N, D_t]; gets no gradient.
-        teacher_head: [V_t, D_t].
-        vocab_size: ids that both share; later head rows are cut off. Heads of unequal width need it (ValueError).
-        center: subtract the mean visual token first.
-        row_normalize: scale every visual token's logits to length one first.
-        valid: bool [B, N], False where a picture has fewer than N tokens; default all.
+    student_hidden, teacher_hidden: [B, N, D_s] and [B, N, D_t], one picture's visual tokens a row.
+    student_head, teacher_head: [V_s, D_s] and [V_t, D_t]; the teacher gets no gradient.
+    vocab_size: ids that both share; later head rows are cut off. Heads of unequal width need it (ValueError).
+    center: subtract the mean visual token first.
+    row_normalize: scale every visual token's logits to length one first.
+    valid: bool [B, N], False where a picture has fewer than N tokens; default all.
     """
     options = shared_width(student_head, teacher_head, vocab_size), center, row_normalize, valid
     with torch.no_grad():

@@ -74,25 +74,20 @@ def distill_rows(
     it requires one, student_head; never the teacher, never the weights. Backward once only: no second derivatives.
     Labels and weights may lie on the CPU, all three of them; then nothing waits for the device.
 
-    Args:
-        student_hidden: [N, D_s]; row i is the position that predicts labels[i].
-        student_head: [V_s, D_s], without bias.
-        teacher_hidden: [N, D_t], or None when nothing is distilled.
-        teacher_head: [V_t, D_t], or None.
-        labels: int64 [N]; -100: no cross-entropy in that row.
-        ce_weight: float32 [N].
-        kl_weight: float32 [N].
-        divergence: key of DIVERGENCES (LLaVA-KD uses forward_kl).
-        beta: mixture of `jsd`, skew of `skewed_kl`.
-        temperature: > 0.
-        vocab_size: ids that both models share; columns beyond take no part on either side. Default: all of equal heads.
-        chunk_rows: rows whose logits are alive at once; default holds them, with the gradients kept, to CHUNK_BYTES.
-        backend: "torch", "triton" (a GPU, or the interpreter), or "auto": triton for tensors on a GPU.
-        student_form: scale and soft cap of the student's logits.
-        teacher_form: of the teacher's.
+    student_hidden: [N, D_s]; row i is the position that predicts labels[i].
+    student_head: [V_s, D_s], without bias.
+    teacher_hidden, teacher_head: [N, D_t] and [V_t, D_t], or None when nothing is distilled.
+    labels: int64 [N]; -100: no cross-entropy in that row.
+    ce_weight, kl_weight: float32 [N].
+    divergence: key of DIVERGENCES (LLaVA-KD uses forward_kl).
+    beta: mixture of `jsd`, skew of `skewed_kl`.
+    temperature: > 0.
+    vocab_size: ids that both models share; columns beyond take no part on either side. Default: all of equal heads.
+    chunk_rows: rows whose logits are alive at once; default holds them, with the gradients kept, to CHUNK_BYTES.
+    backend: "torch", "triton" (a GPU, or the interpreter), or "auto": triton for tensors on a GPU.
+    student_form, teacher_form: scale and soft cap of each one's logits.
 
-    Raises:
-        ValueError: unequal heads without `vocab_size`, a label outside it, no teacher, wrong divergence, beta, backend.
+    Raises ValueError: unequal heads without `vocab_size`, a label outside it, no teacher, wrong divergence, beta, backend.
     """
     vocab_size = shared_width(student_head, teacher_head, vocab_size)
     if teacher_hidden is None and bool((kl_weight != 0).any()):

@@ -56,11 +56,8 @@ class VisionLanguageModel:
     def parts(self) -> dict[Part, nn.Module]:
         """The three parts by name; a tied head belongs to the language model's embedding."""
         inner = self.model.model
-        return {
-            "vision_tower": inner.vision_tower,
-            "projector": inner.multi_modal_projector,
-            "language_model": inner.language_model,
-        }
+        tower, projector, decoder = inner.vision_tower, inner.multi_modal_projector, inner.language_model
+        return {"vision_tower": tower, "projector": projector, "language_model": decoder}
 
     def renderer(self, data: DataConfig) -> ChatRenderer:
         """What makes rows of a data source into this model's ids."""
@@ -93,8 +90,7 @@ def add_updates(student: VisionLanguageModel, rank: int, *, seed: int) -> Any:
 def build_student(config: StudentConfig, *, seed: int) -> VisionLanguageModel:
     """Assemble a float32 student with a fresh projector from folders (or hub names).
 
-    Raises:
-        ModelError: a part that cannot be loaded, or whose kind does not fit.
+    Raises ModelError: a part that cannot be loaded, or whose kind does not fit.
     """
     torch.manual_seed(seed)
     vision_tower = parts.load_vision_tower(config.vision_tower, scratch="vision_tower" in config.from_scratch)
@@ -126,25 +122,14 @@ def outline_student(config: StudentConfig) -> VisionLanguageModel:
     return outline(whole, tokenizer, image_processor)
 
 
-def student_config(config: StudentConfig, image_processor: Any = None) -> Any:
-    """The student's configuration from its parts' config.json, for pictures as this processor or the tower makes them."""
-    vision = parts.load(AutoConfig, config.vision_tower, key="student.vision_tower")
-    text = parts.load(AutoConfig, config.language_model, key="student.language_model")
-    return join_configs(config, vision, text, image_processor)
-
-
-def join_configs(config: StudentConfig, vision: Any, text: Any, image_processor: Any) -> Any:
-    """A whole model's configuration from those of its parts; raises ModelError."""
+def student_config(config: StudentConfig, image_processor: Any = None, *, vision: Any = None, text: Any = None) -> Any:
+    """The student's, of parts given or loaded, for pictures as this processor or the tower makes them; raises ModelError."""
+    vision = vision or parts.load(AutoConfig, config.vision_tower, key="student.vision_tower")
+    text = text or parts.load(AutoConfig, config.language_model, key="student.language_model")
     vision, text = parts.tower_config(vision, config.vision_tower), getattr(text, "text_config", text)
-    strategy = config.vision_feature_select_strategy
-    count = parts.count_image_tokens(vision, strategy, image_processor)
-    settings = {
-        "vision_config": vision,
-        "text_config": text,
-        "vision_feature_layer": config.vision_feature_layer,
-        "vision_feature_select_strategy": strategy,
-        "tie_word_embeddings": text.tie_word_embeddings,
-    }
+    count = parts.count_image_tokens(vision, config.vision_feature_select_strategy, image_processor)
+    settings = {"vision_config": vision, "text_config": text, "tie_word_embeddings": text.tie_word_embeddings}
+    settings |= {key: getattr(config, key) for key in ("vision_feature_layer", "vision_feature_select_strategy")}
     if config.projector == "pixel_shuffle":
         return transformers.AyaVisionConfig(**settings, image_seq_length=parts.pooled_tokens(count))
     activation = PROJECTORS[config.projector]
@@ -232,13 +217,10 @@ def final_hidden(
 
     On a GPU nothing waits for the device where all but `features` are given on the CPU.
 
-    Args:
-        model: the LLaVA model.
-        input_ids: int64 [B, T].
-        attention_mask: int64 [B, T].
-        visual: bool [B, T], True at the P * N picture positions, pictures in row-major order.
-        features: [P, N, D_v] from `vision_features`, or None without pictures.
-        position_ids: int64 [1, T] of a pack, from 0 in each of its rows, which then do not see one another.
+    input_ids, attention_mask: int64 [B, T].
+    visual: bool [B, T], True at the P * N picture positions, pictures in row-major order.
+    features: [P, N, D_v] from `vision_features`, or None without pictures.
+    position_ids: int64 [1, T] of a pack, from 0 in each of its rows, which then do not see one another.
     """
     device = model.lm_head.weight.device
     # Without a mask stock models make one from the positions: of blocks, one a row.

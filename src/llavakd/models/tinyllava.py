@@ -21,7 +21,7 @@ from transformers.modeling_utils import load_state_dict
 from llavakd.config import StudentConfig
 from llavakd.models import parts
 from llavakd.models.parts import ModelError
-from llavakd.models.student import VisionLanguageModel, join_configs, outline, save_model
+from llavakd.models.student import VisionLanguageModel, outline, save_model, student_config
 from llavakd.templates import render
 
 _SPELLED = yaml.safe_load((Path(__file__).parents[1] / "assets" / "checkpoints.yaml").read_text(encoding="utf-8"))
@@ -48,7 +48,7 @@ def convert(source: Path, target: Path, *, tokenizer: str | None = None, vision_
     pixels = parts.load_image_processor(pixels_from, mode=form.image_mode)
     original = "mm_vision_tower" in config
     vision = parts.load(AutoConfig, str(tower)) if original else _part_config(config, "vision_config")
-    llava = join_configs(form, vision, _part_config(config, "text_config"), pixels)
+    llava = student_config(form, pixels, vision=vision, text=_part_config(config, "text_config"))
     words = parts.load(AutoTokenizer, words_from, config=llava.text_config)
     found = {key: tensor for key, tensor in _read_weights(source).items() if not _UNUSED.search(key)}
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in found.values()))

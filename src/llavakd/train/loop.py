@@ -21,6 +21,7 @@ from llavakd.data.sampler import micro_batches
 from llavakd.data.samples import too_many
 from llavakd.errors import UserError
 from llavakd.progress import Interrupted, bar, say
+from llavakd.templates import render
 from llavakd.train.checkpoint import load_checkpoint, newest_whole, prune, save_checkpoint, write_text
 from llavakd.train.step import StepResult, TrainState, check_finite, learning_rate, set_learning_rate, train_step
 
@@ -63,16 +64,12 @@ def run_stage(state: TrainState, dataset: RowDataset, recipe: Recipe, folder: Pa
     learning: dict[str, Any] = {"module": accelerator.unwrap_model(state.module), "optimizer": state.optimizer}
     found = newest_whole(checkpoints)
     progress = Progress(**load_checkpoint(found, **learning)) if found else Progress()
-    processes, packed = accelerator.num_processes, stage.max_tokens_per_batch
+    processes = accelerator.num_processes
     micro = micro_batch_size(stage, processes=processes)
     accumulation = stage.global_batch_size // (micro * processes)
     if main:
-        say(
-            f"stage {stage.name}: {steps} steps of {stage.global_batch_size} rows = {processes} processes x {micro} rows "
-            + (f"in packs of up to {packed} tokens" if packed else f"x {accumulation} accumulated")
-            + f"; {len(dataset)} rows, {len(dataset) % stage.global_batch_size} left out of each epoch"
-            + (f"; resuming after step {progress.step}" if progress.step else "")
-        )
+        known = {"steps": steps, "rows": len(dataset), "processes": processes, "micro": micro, "done": progress.step}
+        say(render("stage.jinja", stage=stage, accumulation=accumulation, **known))
         _drop_later_metrics(folder / "metrics.jsonl", progress.step)
     order: dict[str, Any] = {"global_batch_size": stage.global_batch_size, "grouping": stage.grouping}
     order |= {"seed": recipe.seed, "start": progress.step, "steps": steps, "micro_batch_size": micro}
