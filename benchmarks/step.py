@@ -7,8 +7,8 @@
 SigLIP-so400m-384, Qwen2.5-3B -> 0.5B, random weights, the same rows for all: 20 tokens, 729 of a picture, 180 of which the
 last 100 are the answer. No optimiser step, but for the contender that says so. The reference holds its student in bfloat16
 and runs both models whole; ours is the trainer's own path, float32 weights under autocast. `ms` is of steps in a row, as
-they are in training, `alone_ms` of one that begins and ends on an idle device. Memory is what a contender needs by itself:
-its models, and the peak beyond what stands between two steps.
+they are in training. Memory is what a contender needs by itself: its models, and the peak beyond what stands between two
+steps.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from plan_measured import prepared
 from step_contenders import (
     CONTENDERS,
     FAST,
-    NARROW,
     OURS,
     QUANTIZED,
     REFERENCE,
@@ -101,13 +100,11 @@ def measure_contender(case: Case, contender: Contender, size: Size, device: str)
         with clock("first"):
             step()
         first = clock.found.pop("first")[0]
-        alone, beyond = measure(step, device, size.repeats)
-        milliseconds = in_a_row(step, clock.wait, 2 * size.repeats)
+        milliseconds, beyond = in_a_row(step, clock.wait, 2 * size.repeats)
         for _ in range(0 if contender.optimizer else size.repeats):
             step(clock)
         line = {
             "ms": milliseconds,
-            "alone_ms": alone,
             "gib": beyond + stands() / 2**30,
             "tokens_per_s": case.batch.labels.numel() / milliseconds * 1e3,
             "parts_ms": clock.medians(),
@@ -121,14 +118,22 @@ def measure_contender(case: Case, contender: Contender, size: Size, device: str)
     return line
 
 
-def in_a_row(step: Step, wait: Callable[[], None], repeats: int) -> float:
-    """Milliseconds of one of several steps, the next begun before the device is done with the last, as in training."""
+def in_a_row(step: Step, wait: Callable[[], None], repeats: int) -> tuple[float, float]:
+    """Milliseconds of one of several steps, the next begun before the device is done with the last; the peak GiB beyond."""
+    step()
+    step()
+    gc.collect()
     wait()
+    before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    if before:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     for _ in range(repeats):
         step()
     wait()
-    return 1e3 * (time.perf_counter() - start) / repeats
+    milliseconds = 1e3 * (time.perf_counter() - start) / repeats
+    return milliseconds, (torch.cuda.max_memory_allocated() - before) / 2**30 if before else 0.0
 
 
 def host_waits(step: Step) -> dict[str, int]:
@@ -298,7 +303,7 @@ def run(results: Results, size: Size, device: str, *, compile_whole: bool, table
             place = {"stage": stage, "rows": 2}
             case = make_case(recipe, stage, models, size, 2, device)
             results.note("agreement", place, partial(agreement, case))
-        distilled = (REFERENCE, CONTENDERS[1], OURS, FAST, QUANTIZED, NARROW, CONTENDERS[-1])
+        distilled = (REFERENCE, CONTENDERS[1], OURS, FAST, QUANTIZED)
         plan = [("dft", most, CONTENDERS), ("dpt", most, distilled), ("sft", most, (REFERENCE, OURS, FAST))]
         plan += [(stage, rows, (REFERENCE, OURS, FAST)) for rows in fewer for stage in ("dft", "dpt")]
         for stage, rows, contenders in plan:

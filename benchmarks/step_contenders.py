@@ -105,8 +105,6 @@ CONTENDERS = (
     QUANTIZED,
     Contender(name="ours, both compiled, the student's tower", compiled=BOTH, own_tower=True),
     NARROW,
-    dataclasses.replace(NARROW, name=f"{NARROW.name}, fp8 teacher", quantize="fp8"),
-    Contender(name="ours, student compiled", compiled=("student",)),
     Contender(name="ours, both compiled, train_step", compiled=BOTH, optimizer=True),
     Contender(name="ours, checkpointing", checkpointing=True),
     Contender(name="ours, both compiled, checkpointing", compiled=BOTH, checkpointing=True),

@@ -31,8 +31,7 @@ def steps(tmp_path_factory):
 
 def test_every_contender_is_measured_beside_the_reference(steps):
     lines = steps[0]["steps"]
-    plain, narrow = "ours, both compiled, fp8 teacher", "ours, both compiled, bfloat16 between layers, fp8 teacher"
-    fp8 = [] if torch.cuda.is_available() else [("dft", plain), ("dft", narrow), ("dpt", plain)]
+    fp8 = [] if torch.cuda.is_available() else [(stage, "ours, both compiled, fp8 teacher") for stage in ("dft", "dpt")]
     left_out = [line for line in lines if "failed" in line or "skipped" in line]
     assert [(line["stage"], line["name"]) for line in left_out] == fp8
     assert all("fp8 needs a Hopper GPU" in line["skipped"] for line in left_out)
@@ -42,7 +41,6 @@ def test_every_contender_is_measured_beside_the_reference(steps):
         base = next(one for one in lines if one["stage"] == line["stage"])
         assert base["name"] == "reference"
         assert line["ms"] > 0
-        assert line["alone_ms"] > 0
         assert line["gib"] > 0
         assert line["ms_to_reference"] == pytest.approx(line["ms"] / base["ms"])
 
