@@ -205,7 +205,8 @@ def _make_fast(recipe: Recipe, state: TrainState) -> None:
     models = [student, teacher.model] if teacher else [student]
     if state.accelerator.device.type == "cuda" and recipe.precision == "bf16":
         for model in models:
-            attend_by_rows(model)
+            if model is student or model.dtype != torch.float32:  # the teacher is not under autocast
+                attend_by_rows(model)
     park_tower(state)
     if recipe.compile:
         compile_layers(*models)

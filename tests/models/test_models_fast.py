@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,6 +48,17 @@ def test_padded_rows_need_no_mask_and_padding_gets_no_gradient(family):
     (grad,) = torch.autograd.grad(found[live].square().sum(), embedded)
     assert grad[live].abs().min() > 0
     assert not grad[~live].any()
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, "sdpa"), (torch.bfloat16, "llavakd_rows")])
+def test_a_float32_teacher_keeps_its_attention_for_the_kernels_of_packs_take_none(dtype, kind):
+    student, teacher = model_of("qwen2").float(), model_of("qwen2").to(dtype)
+    accelerator = SimpleNamespace(device=SimpleNamespace(type="cuda"), mixed_precision="bf16")
+    models = {"student": SimpleNamespace(model=student), "teacher": SimpleNamespace(model=teacher)}
+    recipe = SimpleNamespace(precision="bf16", compile=False, gradient_checkpointing=False)
+    pipeline._make_fast(recipe, SimpleNamespace(**models, accelerator=accelerator, pair=None, stage=None))
+    assert student.model.language_model.config._attn_implementation == "llavakd_rows"
+    assert teacher.model.language_model.config._attn_implementation == kind
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from llavakd.train.step import (
     _tower,
     build_optimizer,
     check_finite,
+    park_tower,
     train_step,
 )
 
@@ -326,6 +328,17 @@ def test_the_teachers_tower_serves_both_only_where_it_is_the_same_and_as_narrow_
         else {}
     )
     given |= {"teacher": teacher} if changed != "no teacher" else {"teacher": None, "pair": None}
-    chosen, narrow = _tower(dataclasses.replace(state, accelerator=accelerator, **given))
+    state = dataclasses.replace(state, accelerator=accelerator, **given)
+    chosen, narrow = _tower(state)
     assert narrow == (changed is None)
     assert chosen is (teacher if narrow else state.student).model
+    before = {name: weight.data_ptr() for name, weight in state.student.model.named_parameters()}
+    weights = state.student.parts()["vision_tower"].parameters()
+    learns = dataclasses.replace(state.stage, train=("vision_tower", "projector"))
+    with patch.object(torch.Tensor, "cpu", lambda weight: weight.clone()):  # as from a GPU
+        park_tower(dataclasses.replace(state, stage=learns))
+        assert all(weight.data_ptr() == before[name] for name, weight in state.student.model.named_parameters())
+        park_tower(state)
+    moved = {name for name, weight in state.student.model.named_parameters() if weight.data_ptr() != before[name]}
+    assert moved == ({name for name in before if "vision_tower" in name} if narrow else set())
+    assert all(weight.dtype == torch.float32 for weight in weights)
