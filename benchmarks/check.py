@@ -20,10 +20,10 @@ import numpy as np
 from PIL import Image
 
 from llavakd.config import DataConfig, StudentConfig
+from llavakd.data.check import check_source
 from llavakd.data.pictures import read_image
 from llavakd.data.samples import load_samples
 from llavakd.models.student import outline_student
-from llavakd.preflight import check_data
 from losses import environment
 
 PARTS = Path("src/llavakd/assets/shapes/parts")
@@ -85,7 +85,7 @@ def main() -> None:
         found["start"]["resident_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         for name, fast in (("fast", True), ("decode", False)):
             before = time.perf_counter()
-            told = check_data(data[name], [student], fast=fast)
+            told = check_source(data[name], [(student.renderer(data[name]), student.image_processor)], fast=fast)
             seconds = time.perf_counter() - before
             assert told["unusable"] == 0
             text = told["tokens"]["prompt"]["mean"] + told["tokens"]["response"]["mean"]

@@ -118,6 +118,7 @@ def batch_of(
         attention_mask=(segments != Segment.PADDING).long(),
         labels=ids.where(segments == Segment.RESPONSE, -100),
         segments=segments,
+        visual=segments == Segment.VISUAL,
         image_rows=torch.arange(rows),
         pixel_values=torch.randn(rows, 3, image, image),
     )

@@ -101,6 +101,7 @@ def real_batch() -> Batch:
         attention_mask=(segments != Segment.PADDING).long(),
         labels=ids.where(segments == Segment.RESPONSE, -100),
         segments=segments,
+        visual=segments == Segment.VISUAL,
         image_rows=torch.arange(ROWS),
         pixel_values=torch.randn(ROWS, 3, 56, 56, generator=generator),
     )
@@ -272,10 +273,26 @@ def test_the_plan_says_when_a_drift_is_measured(tiny, command, tmp_path):
         assert (said in done.err) == (kind == "fp8")
 
 
+def test_a_stored_teacher_is_neither_held_nor_run(tiny, command, tmp_path):
+    tree = tiny.tree()
+    for stage in tree["stages"]:
+        stage["losses"].pop("relation", None)
+    recipe, there = tiny.recipe(tmp_path / "r.yaml", tree), []
+    for words in ([], [f"teacher.cache={tmp_path}"]):
+        done = command("plan", recipe, *words, "--json")
+        assert done.code == 0, done.err
+        there.append(json.loads(done.out))
+    with_teacher, stored = (answer["stages"][2] for answer in there)
+    assert with_teacher["memory"]["teacher"] > 0 == stored["memory"]["teacher"]
+    assert with_teacher["flops"]["teacher"] > 0 == stored["flops"].get("teacher", 0)
+    assert stored["flops"]["student_forward"] == with_teacher["flops"]["student_forward"]
+    assert any("read from its cache" in line for line in there[1]["assumptions"])
+
+
 def real_pack() -> Batch:
     """Half of the rows one behind the other."""
     rows, half = real_batch(), ROWS // 2
-    lines = {name: getattr(rows, name)[:half].reshape(1, -1) for name in ("input_ids", "labels", "segments")}
+    lines = {name: getattr(rows, name)[:half].reshape(1, -1) for name in ("input_ids", "labels", "segments", "visual")}
     lines["position_ids"] = torch.arange(VISUAL + TEXT).repeat(half)[None]
     lines["attention_mask"] = torch.ones_like(lines["position_ids"])
     return dataclasses.replace(rows, **lines, image_rows=torch.arange(half), pixel_values=rows.pixel_values[:half])

@@ -3,20 +3,18 @@
 import importlib
 from typing import Any
 
-# Looked up on first use: `import llavakd` and `llava-kd --help` need not wait for torch.
-_PUBLIC = {
-    "load_recipe": "llavakd.config",
-    "run_pipeline": "llavakd.pipeline",
-    "run_quickstart": "llavakd.quickstart",
-    "build_student": "llavakd.models.student",
-    "load_student": "llavakd.models.student",
-    "distill_rows": "llavakd.losses",
-    "relation_distance": "llavakd.losses",
-    "objective": "llavakd.losses",
-    "evaluate_model": "llavakd.evaluate",
-    "write_report": "llavakd.report",
-    "write_world": "llavakd.shapes",
+_NAMES = {
+    "config": "load_recipe",
+    "evaluate": "evaluate_model",
+    "losses": "distill_rows objective relation_distance",
+    "models.student": "build_student load_student",
+    "pipeline": "run_pipeline",
+    "quickstart": "run_quickstart",
+    "report": "write_report",
+    "shapes": "write_world",
 }
+# Looked up on first use: `import llavakd` and `llava-kd --help` need not wait for torch.
+_PUBLIC = {name: f"llavakd.{module}" for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = sorted(_PUBLIC)
 

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,19 @@ def train(recipe: Path, overrides: list[str] | None = None, out: Path | None = N
     results = llavakd.run_pipeline(loaded, folder)
     if results["rows"]:  # without `evaluation`, and on all processes but the first, there is nothing to show
         _show("results.md.jinja", results)
-    typer.echo(f"Done: {folder}" + (f", report in {folder / 'report.html'}" if results["rows"] else ""))
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one tells
+        typer.echo(f"Done: {folder}" + (f", report in {folder / 'report.html'}" if results["rows"] else ""))
+
+
+def cache(
+    recipe: Path, overrides: list[str] | None = None, out: Path | None = None, top_k: int = 64, visual: float = 0.25
+) -> None:
+    """Write what the teacher of RECIPE says into its teacher.cache: training then needs no teacher in memory."""
+    loaded = config.load_recipe(recipe, overrides or [])
+    if not loaded.teacher or not loaded.teacher.cache:
+        raise UserError("the recipe has no teacher.cache, the folder to write; add it: teacher.cache=DIR")
+    llavakd.run_pipeline(loaded, out or Path("runs") / loaded.name, cache={"top_k": top_k, "visual_share": visual})
+    typer.echo(f"Done: {loaded.teacher.cache}")
 
 
 def plan(
@@ -73,14 +86,15 @@ def check(
     as_json: bool = False,
 ) -> None:
     """Look at every row before anything trains; exit 1 if some cannot be used."""
-    from llavakd.preflight import check_data, check_recipe
+    from llavakd.data.check import check_source
+    from llavakd.preflight import check_recipe
 
     if recipe and not (data or write_clean):
         loaded = config.load_recipe(recipe, overrides or [])
         found = check_recipe(loaded, out or Path("runs") / loaded.name, fast=fast, workers=workers)
     elif data and not recipe:
         source = config.DataConfig(path=str(data), images=str(images) if images else None)
-        found = {data.name: check_data(source, [], fast=fast, workers=workers, clean=write_clean)}
+        found = {data.name: check_source(source, fast=fast, workers=workers, clean=write_clean)}
     else:
         raise UserError("give either a recipe or --data FILE; --write-clean goes with --data")
     if report:
@@ -187,7 +201,7 @@ def _described(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-for each in (quickstart, train, plan, check, shapes, evaluate, report, convert, export, chat, demo):
+for each in (quickstart, train, cache, plan, check, shapes, evaluate, report, convert, export, chat, demo):
     app.command("eval" if each is evaluate else None)(_described(each))
 
 

@@ -14,33 +14,28 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from safetensors.torch import load_file, save_file
 
 from llavakd.config import DataConfig, EvaluationConfig, Recipe, StageConfig, TeacherConfig, resolve_paths
 from llavakd.data.collate import RowDataset, Source
-from llavakd.data.pictures import FeatureStore, load_pixels, save_features
+from llavakd.data.pictures import load_pixels
 from llavakd.data.samples import Samples, load_samples
 from llavakd.errors import UserError
 from llavakd.evaluate import compare_segments, evaluate_model
+from llavakd.models import student as students
 from llavakd.models.alignment import align
 from llavakd.models.fast import attend_by_rows, compile_layers
 from llavakd.models.quantized import NF4Linear, quantize
-from llavakd.models.student import (
-    VisionLanguageModel,
-    add_updates,
-    build_student,
-    load_student,
-    load_teacher,
-    save_model,
-    vision_features,
-)
+from llavakd.models.student import VisionLanguageModel, load_student, load_teacher
 from llavakd.preflight import check_before_training, claim_folder, used_sources
 from llavakd.progress import bar, say
 from llavakd.report import write_report
 from llavakd.shapes import write_world
-from llavakd.train.checkpoint import file_digest, write_folder, write_text
+from llavakd.train.checkpoint import contents, write_folder, write_text
 from llavakd.train.loop import lost_process, run_stage
 from llavakd.train.placement import join, place
 from llavakd.train.step import StudentModule, TrainState, build_optimizer, park_tower
+from llavakd.train.taught import INDEX, TaughtStore, key_of, write_taught
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +56,19 @@ class Run:
 
 
 @lost_process()
-def run_pipeline(recipe: Recipe, out: Path) -> dict[str, Any]:
-    """Run or go on with every stage in `out`, evaluate and report; returns results.json. Raises UserError, Interrupted."""
+def run_pipeline(recipe: Recipe, out: Path, *, cache: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Run or go on with every stage in `out`, evaluate and report; returns results.json. Raises UserError, Interrupted.
+
+    `cache`: `top_k` and `visual_share` of a teacher.cache, which is written instead.
+    """
     out.mkdir(parents=True, exist_ok=True)
     transformers.utils.logging.disable_progress_bar()  # ours say what takes long
     claim_folder(recipe, out)
     accelerator = _make_accelerator(recipe, out)
+    if cache and accelerator.num_processes > 1:
+        raise UserError(
+            f"a cache is written by one process, got {accelerator.num_processes}; start it without torchrun"
+        )
     with accelerator.main_process_first():
         draw_world(recipe, out)
     recipe, ledger = resolve_paths(recipe, out), out / "pipeline.json"
@@ -78,9 +80,12 @@ def run_pipeline(recipe: Recipe, out: Path) -> dict[str, Any]:
     entries = {entry["name"]: entry for entry in begun}
     run = Run(recipe=recipe, out=out, accelerator=accelerator, samples=samples, ledger=entries)
     for before, stage in zip((None, *recipe.stages), recipe.stages, strict=False):
-        _run_stage(run, stage, before)
+        if cache is None:
+            _run_stage(run, stage, before)
+        elif stage.losses.distils:
+            _train(run, stage, None, cache)
     results: dict[str, Any] = {"rows": [], "environment": _environment(accelerator)}
-    if recipe.evaluation and accelerator.is_main_process:
+    if recipe.evaluation and accelerator.is_main_process and cache is None:
         results["rows"] = _rows(run, recipe.evaluation)
         write_text(out / "results.json", json.dumps(results, indent=1))
         write_report([out], out)
@@ -108,14 +113,12 @@ def _make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
     if other := [name for name in ("DEEPSPEED", "FSDP") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]:
         raise UserError(f"accelerate is set up for {other[0]}; start with torchrun instead and set sharding: student")
     several, cuda = int(os.environ.get("WORLD_SIZE", 1)) > 1, torch.cuda.is_available()
-    accelerator = Accelerator(
-        cpu=several and not cuda,  # else each of torchrun's processes would take itself for the only one
-        mixed_precision="bf16" if recipe.precision == "bf16" else "no",
-        log_with=list(recipe.trackers) or None,
-        project_dir=str(out / "trackers"),
-        # Counts are summed on the CPU, so that no step waits for its device.
-        kwargs_handlers=[InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl")] * (several and cuda),
-    )
+    # Counts are summed on the CPU, so that no step waits for its device.
+    groups = [InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl")] * (several and cuda)
+    how: dict[str, Any] = {"mixed_precision": "bf16" if recipe.precision == "bf16" else "no", "kwargs_handlers": groups}
+    how |= {"log_with": list(recipe.trackers) or None, "project_dir": str(out / "trackers")}
+    # Without `cpu` each of torchrun's processes would take itself for the only one.
+    accelerator = Accelerator(**how, cpu=several and not cuda)
     accelerator.init_trackers(recipe.name)
     return accelerator
 
@@ -124,10 +127,8 @@ def _run_stage(run: Run, stage: StageConfig, before: StageConfig | None) -> None
     """Bring a stage to its end and pipeline.json up to date; UserError where it was begun under another fingerprint."""
     fingerprint, entry = _fingerprint(run, stage, before), run.ledger.get(stage.name)
     if entry and (changed := [key for key in fingerprint if entry["fingerprint"].get(key) != fingerprint[key]]):
-        raise UserError(
-            f"stage {stage.name} in {run.out} was begun with another {', '.join(changed)}; use a new --out, or put back "
-            "what was changed"
-        )
+        told = f"stage {stage.name} in {run.out} was begun with another {', '.join(changed)}"
+        raise UserError(f"{told}; use a new --out, or put back what was changed")
     if entry and entry["state"] == "done":
         say(f"stage {stage.name}: done, skipped")
         return
@@ -143,11 +144,12 @@ def _fingerprint(run: Run, stage: StageConfig, before: StageConfig | None) -> di
     start = student.vision_tower, student.language_model
     parts: dict[str, Any] = {
         "recipe": [asdict(stage), *map(asdict, sources), recipe.seed, recipe.precision],
-        "data": [_contents(source.path, "**/*") for source in sources],
-        "start": run.ledger[before.name]["fingerprint"] if before else [asdict(student), *map(_contents, start)],
+        "data": [contents(source.path, "**/*") for source in sources],
+        "start": run.ledger[before.name]["fingerprint"] if before else [asdict(student), *map(contents, start)],
     }
     if stage.losses.distils and recipe.teacher:
-        parts["teacher"] = [asdict(recipe.teacher), _contents(recipe.teacher.path)]
+        kept = contents(f"{recipe.teacher.cache}/{stage.name}/{INDEX}") if recipe.teacher.cache else []
+        parts["teacher"] = [asdict(recipe.teacher), contents(recipe.teacher.path), *kept]
     return {key: _digest(value) for key, value in parts.items()}
 
 
@@ -155,35 +157,36 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _contents(source: str, *forms: str) -> list[str]:
-    """Digests of a file, or of those in a folder, where no forms are given a model's; a hub name stands for itself."""
-    path, forms = Path(source), forms or ("config.json", "*.safetensors", "*.bin")
-    found = [path] if path.is_file() else [file for form in forms for file in path.glob(form)]
-    return [file_digest(file) for file in sorted(found) if file.is_file()] or [source]
-
-
-def _train(run: Run, stage: StageConfig, before: StageConfig | None) -> dict[str, Any]:
-    """Train one stage and write its model; returns what pipeline.json says of it."""
+def _train(run: Run, stage: StageConfig, before: StageConfig | None, cache: Any = None) -> dict[str, Any]:
+    """Train one stage and write its model, or its part of the teacher's cache; returns what pipeline.json says of it."""
     recipe, accelerator, folder = run.recipe, run.accelerator, run.out / stage.name
     start = str(run.out / before.name / "model") if before else None
-    student = load_student(start) if start else build_student(recipe.student, seed=recipe.seed)
+    student = load_student(start) if start else students.build_student(recipe.student, seed=recipe.seed)
     student.train_only(stage.learns)
-    updates: Any = add_updates(student, stage.lora_rank, seed=recipe.seed) if stage.lora_rank else None
+    updates: Any = students.add_updates(student, stage.lora_rank, seed=recipe.seed) if stage.lora_rank else None
     narrow = [layer for layer in updates.modules() if hasattr(layer, "base_layer")] if stage.lora_base == "nf4" else []
     for layer in narrow:
         layer.base_layer = NF4Linear(layer.base_layer, accelerator.device)
-    teacher = load_teacher(recipe.teacher) if stage.losses.distils and recipe.teacher else None
+    config = recipe.teacher if stage.losses.distils else None
+    kept = Path(config.cache) / stage.name if config and config.cache else None
+    stored = TaughtStore(kept, config, stage.losses) if config and kept and not cache else None
+    teacher = load_teacher(config) if config and not stored else None
     pair = align(student, teacher) if teacher else None
     if pair and accelerator.is_main_process:
         say(pair.note)
     drift = _quantize(run, stage, teacher)
-    whole = StudentModule(student, stage, pair.vocab_size if pair else None)
+    vocab_size = pair.vocab_size if pair else stored.index["vocab_size"] if stored else None
+    whole = StudentModule(student, stage, vocab_size)
     module = place(accelerator, whole, teacher.model if teacher else None, recipe.sharding)
     optimizer = accelerator.prepare(build_optimizer(module, stage))
-    learning: dict[str, Any] = {"module": module, "optimizer": optimizer}
-    state = TrainState(accelerator=accelerator, **learning, student=student, teacher=teacher, pair=pair, stage=stage)
+    held: dict[str, Any] = {"module": module, "optimizer": optimizer, "student": student, "teacher": teacher}
+    state = TrainState(accelerator=accelerator, **held, pair=pair, stage=stage, stored=stored)
     dataset = _dataset(run, state)
     _make_fast(recipe, state)
+    if cache and config and kept:
+        index = cache | {"vocab_size": vocab_size, "teacher": key_of(config)}
+        write = partial(write_taught, state=state, dataset=dataset, index=index, workers=recipe.workers)
+        return write_folder(kept, write)
     student.model.train()
     folder.mkdir(exist_ok=True)
     progress = run_stage(state, dataset, recipe, folder)
@@ -195,7 +198,7 @@ def _train(run: Run, stage: StageConfig, before: StageConfig | None) -> dict[str
         if updates:
             updates.merge_and_unload()
         template = recipe.data[next(iter(stage.sources))].template
-        write_folder(folder / "model", lambda partial: save_model(student, partial, template=template))
+        write_folder(folder / "model", lambda partial: students.save_model(student, partial, template=template))
     return {"steps": progress.step, "train_seconds": progress.seconds, **progress.counted, **drift}
 
 
@@ -244,10 +247,8 @@ def _dataset(run: Run, state: TrainState) -> RowDataset:
     recipe, stage, student, pair = run.recipe, state.stage, state.student, state.pair
     pictured = {name for name in stage.sources if recipe.cache_features and (run.samples[name].lengths > 0).any()}
     if pictured and ("vision_tower" in stage.train or (pair and not pair.shared_tower)):
-        raise UserError(
-            f"cache_features: stage {stage.name} needs pixels, for its vision tower learns or the teacher's differs; "
-            "set cache_features: false"
-        )
+        told = f"cache_features: stage {stage.name} needs pixels, for its vision tower learns or the teacher's differs"
+        raise UserError(f"{told}; set cache_features: false")
     sources = []
     for name, weight in stage.sources.items():
         with run.accelerator.main_process_first():
@@ -260,7 +261,7 @@ def _dataset(run: Run, state: TrainState) -> RowDataset:
 
 
 @torch.no_grad()
-def _feature_store(run: Run, source: str, state: TrainState) -> FeatureStore:
+def _feature_store(run: Run, source: str, state: TrainState) -> dict[str, torch.Tensor]:
     """Features of a source's pictures, encoded once; keyed by tower, processor and picture names."""
     data, accelerator, student = run.recipe.data[source], run.accelerator, state.student
     names = sorted({name for sample in run.samples[source] for name in sample.images})
@@ -270,14 +271,17 @@ def _feature_store(run: Run, source: str, state: TrainState) -> FeatureStore:
     key = _digest([data.images or data.path, names, student.image_processor.to_dict(), weights])
     path = run.out / "features" / f"{key[:16]}.safetensors"
     if not path.is_file():
-        parts = []
+        held: dict[str, torch.Tensor] = {}
         with bar(f"encode pictures of {source}", len(names)) as advance, accelerator.autocast():
             for start in range(0, len(names), 64):
-                pixels = load_pixels(data, names[start : start + 64], student.image_processor)
-                parts.append(vision_features(student.model, pixels.to(accelerator.device)).float().cpu())
-                advance(min(start + 64, len(names)))
-        save_features(path, names, torch.cat(parts))
-    return FeatureStore(path)
+                pixels = load_pixels(data, some := names[start : start + 64], student.image_processor)
+                found = students.vision_features(student.model, pixels.to(accelerator.device)).float()
+                held |= zip(some, found.cpu().contiguous(), strict=True)
+                advance(len(held))
+        path.parent.mkdir(exist_ok=True)
+        save_file(held, partial := path.with_suffix(".partial"))
+        partial.replace(path)
+    return load_file(path)  # memory-mapped
 
 
 def _rows(run: Run, evaluation: EvaluationConfig) -> list[dict[str, Any]]:
@@ -297,8 +301,8 @@ def _rows(run: Run, evaluation: EvaluationConfig) -> list[dict[str, Any]]:
 def _evaluate(run: Run, evaluation: EvaluationConfig, name: str, *models: TeacherConfig) -> dict[str, Any]:
     """Scores of the first model, beside the second; read back where the same weights answered the same file before."""
     data, place = run.recipe.data[evaluation.data], run.out / "evaluation"
-    weights = [[_contents(model.path), model.dtype] for model in models]
-    key = _digest([weights, [_contents(data.path, "**/*"), asdict(data), asdict(evaluation)]])
+    weights = [[contents(model.path), model.dtype] for model in models]
+    key = _digest([weights, [contents(data.path, "**/*"), asdict(data), asdict(evaluation)]])
     kept = place / name / "scores.json"
     if kept.is_file() and (stored := json.loads(kept.read_text(encoding="utf-8")))["key"] == key:
         return stored["row"]
@@ -313,10 +317,7 @@ def _evaluate(run: Run, evaluation: EvaluationConfig, name: str, *models: Teache
 
 
 def _environment(accelerator: Accelerator) -> dict[str, str]:
-    cuda = accelerator.device.type == "cuda"
-    return {
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "transformers", "accelerate")},
-        "processes": str(accelerator.num_processes),
-        "device": torch.cuda.get_device_name() if cuda else f"cpu x {torch.get_num_threads()} threads",
-    }
+    cpu, processes = f"cpu x {torch.get_num_threads()} threads", str(accelerator.num_processes)
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else cpu
+    versions = {package: version(package) for package in ("torch", "transformers", "accelerate")}
+    return {"python": platform.python_version(), **versions, "processes": processes, "device": device}

@@ -63,7 +63,7 @@ def plan_run(
         raise UserError(f"got --gpus {gpus} and --efficiency {efficiency}; expected at least 1, and a share up to 1")
     recipe = resolve_paths(recipe, Path("runs") / recipe.name)
     models = {"student": outline(student_config(recipe.student))}
-    if recipe.teacher and any(stage.losses.distils for stage in recipe.stages):
+    if recipe.teacher and not recipe.teacher.cache and any(stage.losses.distils for stage in recipe.stages):
         config = load(AutoConfig, recipe.teacher.path, key="teacher.path")
         if (kind := config.model_type) not in FAMILIES:
             raise UserError(f"teacher.path: {recipe.teacher.path} is a {kind!r}, expected {' or '.join(FAMILIES)}")
@@ -77,7 +77,7 @@ def plan_run(
     assumed = render("plan_assumed.jinja", recipe=recipe, guessed=guessed, one_tower=towers[0] in towers[1:])
     stages = []
     for stage in recipe.stages:
-        teacher = models["teacher"] if stage.losses.distils else None
+        teacher = models.get("teacher") if stage.losses.distils else None
         weights = [round(weight * sources[name].rows) for name, weight in stage.sources.items()]
         columns = list(zip(*(sources[name] for name in stage.sources), strict=True))
         means = np.average(columns[1:4], axis=1, weights=weights).tolist()
@@ -114,18 +114,12 @@ class StageCost:
             place = recipe.stages.index(stage)
             flops["vision_tower"] *= (folders.index(folders[place]) == place) * tokens.rows / seen
         now = (size, recipe.gradient_checkpointing, recipe.teacher.dtype if recipe.teacher else "bfloat16")
-        return {
-            "name": stage.name,
-            "trainable": sum(p.numel() for p in self.student.model.parameters() if p.requires_grad),
-            "tokens": tokens._asdict(),
-            "steps": steps,
-            "micro_batch_size": round(rows),
-            "accumulation": math.ceil(stage.global_batch_size / (rows * self.gpus)),
-            "flops": flops,
-            "memory": self.memory(*now),
-            "advice": self._advice(now, gib * 2**30 * _USABLE),
-            "hours": sum(flops.values()) / (self.gpus * rate * 1e12 * efficiency) / 3600,
-        }
+        trainable = sum(p.numel() for p in self.student.model.parameters() if p.requires_grad)
+        accumulation = math.ceil(stage.global_batch_size / (rows * self.gpus))
+        hours = sum(flops.values()) / (self.gpus * rate * 1e12 * efficiency) / 3600
+        told = {"name": stage.name, "trainable": trainable, "tokens": tokens._asdict(), "steps": steps}
+        told |= {"micro_batch_size": round(rows), "accumulation": accumulation, "flops": flops, "hours": hours}
+        return told | {"memory": self.memory(*now), "advice": self._advice(now, gib * 2**30 * _USABLE)}
 
     def _held(self, size: int) -> tuple[float, int, int, int]:
         """Of a micro-batch of so many of the longest rows, or a pack of so many tokens: rows, lines, length, pictures."""

@@ -64,10 +64,7 @@ def check_before_training(recipe: Recipe, samples: Mapping[str, Samples], proces
 def check_recipe(recipe: Recipe, out: Path, **options: Any) -> dict[str, dict[str, Any]]:
     """The whole check of every source of a recipe whose run is or will be in `out`; the rest as `check_source`."""
     recipe = resolve_paths(recipe, out)
-    models = readers_of(recipe)
-    return {name: check_data(data, models, **options) for name, data in used_sources(recipe).items()}
-
-
-def check_data(data: DataConfig, models: list[VisionLanguageModel], **options: Any) -> dict[str, Any]:
-    """`check_source` of one source as these models read it."""
-    return check_source(data, [(model.renderer(data), model.image_processor) for model in models], **options)
+    found, models = dict[str, dict[str, Any]](), readers_of(recipe)
+    for name, data in used_sources(recipe).items():
+        found[name] = check_source(data, [(model.renderer(data), model.image_processor) for model in models], **options)
+    return found

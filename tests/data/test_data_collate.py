@@ -18,7 +18,7 @@ import llavakd
 from llavakd.config import DataConfig
 from llavakd.data.chat import ChatRenderer, Rendered, Segment
 from llavakd.data.collate import Row, RowDataset, Source, collate, collate_step
-from llavakd.data.pictures import FeatureStore, load_pixels, save_features
+from llavakd.data.pictures import load_pixels
 from llavakd.data.samples import Sample, Turn
 from llavakd.losses.rows import IGNORE_INDEX
 
@@ -157,10 +157,9 @@ def test_a_dataset_row_holds_its_text_and_its_pictures(folder, renderer, process
     assert blues == pytest.approx([-1, 1, -1], abs=1e-5)
 
 
-def test_cached_features_stand_in_for_pictures_that_are_then_never_opened(tmp_path, renderer):
+def test_cached_features_stand_in_for_pictures_that_are_then_never_opened(renderer):
     features = torch.arange(2 * 2 * 5, dtype=torch.float32).reshape(2, 2, 5)
-    save_features(tmp_path / "store.safetensors", ["red.png", "blue.png"], features)
-    rows = dataset(SAMPLES, renderer, "nowhere", None, store=FeatureStore(tmp_path / "store.safetensors"))
+    rows = dataset(SAMPLES, renderer, "nowhere", None, store=dict(zip(["red.png", "blue.png"], features, strict=True)))
     assert rows[1].pictures == {}, "a row of text has no features, not none of them"
     batch = collate([rows[i] for i in range(3)], pad_token_id=END)
     assert batch.pixel_values is None

@@ -45,14 +45,15 @@ def torchrun(recipe, out):
             *("-m", "llavakd", "train", str(recipe), "--out", str(out)),
         ],
         env=os.environ | ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     try:
-        _, err = process.communicate(timeout=120)
+        told, err = process.communicate(timeout=120)
     finally:
         process.terminate()  # which ends the two as well
+    assert told.count("Done: ") == (process.wait() == 0), "one of them tells"
     return process.wait(), err
 
 

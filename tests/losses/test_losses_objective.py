@@ -6,11 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from losses_oracle import IGNORE, LAYOUT, Problem, assert_near, make_problem, objective64
+from losses_oracle import IGNORE, LAYOUT, Problem, assert_near, make_problem, objective64, softmax64
 
 from llavakd.config import LossConfig
 from llavakd.losses import objective as objective_function
 from llavakd.losses.objective import Counts, Objective, count
+from llavakd.losses.offline import Taught
 
 PAPER = LossConfig(ce=1.0, response_kl=1.0, visual_kl=1.0, relation=0.5)
 UNEVEN = LossConfig(
@@ -350,3 +351,64 @@ def test_the_oracle_without_a_shift_gives_another_answer():
     unshifted = objective64(problem, PAPER, "sample", shift=0)
     with pytest.raises(AssertionError, match="off by"):
         assert_near(result.total, unshifted.total)
+
+
+def stored(problem: Problem, k: int, wanted: torch.Tensor) -> Taught:
+    """What a cache has of the positions `wanted`, bool [B, T], and of those that predict a label."""
+    places = wanted.clone()
+    places[:, :-1] |= problem.labels[:, 1:] != IGNORE
+    places = places.flatten().nonzero().squeeze(1)
+    width = problem.vocab_size
+    logits = problem.teacher_hidden.flatten(0, 1)[places].double() @ problem.teacher_head[:width].double().T
+    logp = logits.log_softmax(-1)
+    values, ids = logp.topk(k)
+    return Taught(places, ids, values.float(), logp.scatter(1, ids, -torch.inf).exp().sum(-1).float())
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_stored_teacher_of_all_ids_gives_the_losses_and_gradients_of_one_that_is_there(reduction):
+    losses, problem = LossConfig(ce=0.7, response_kl=1.3, visual_kl=0.4), make_problem()
+    taught = stored(problem, problem.vocab_size, problem.visual)
+    absent = {"teacher_hidden": None, "teacher_head": None, "taught": taught}
+    compare(run(problem, losses, reduction, **absent), problem, losses, reduction)
+    for got, want in zip(
+        gradients(run(problem, losses, reduction, **absent), problem),
+        gradients(run(problem, losses, reduction), problem),
+        strict=True,
+    ):
+        assert_near(got, want, what="gradient")
+
+
+def test_a_few_stored_ids_at_some_visual_positions_give_the_mean_over_those_of_the_kl_of_the_outcomes():
+    losses, problem, k = LossConfig(response_kl=1.3, visual_kl=0.4), make_problem(), 3
+    some = problem.visual & (torch.rand(problem.visual.shape, generator=torch.Generator().manual_seed(0)) < 0.5)
+    assert 0 < some.sum() < problem.visual.sum()
+    taught, labels = stored(problem, k, some), problem.labels
+    counts = count(labels, some, problem.image_rows)
+    given = {"visual": some, "teacher_hidden": None, "teacher_head": None, "taught": taught, "counts": counts}
+    hidden, head = problem.student_hidden.detach().double().requires_grad_(True), problem.student_head.detach().double()
+    predicts = torch.zeros_like(some)
+    predicts[:, :-1] = labels[:, 1:] != IGNORE
+    parts = {}
+    for name, chosen in (("response_kl", predicts), ("visual_kl", some)):
+        terms = []
+        for row, place in chosen.nonzero().tolist():
+            at = int((taught.places == row * labels.shape[1] + place).nonzero())
+            q, p = softmax64(head[: problem.vocab_size] @ hidden[row, place]), taught.logp[at].double().exp()
+            rest = 1 - p.sum()
+            outside = 1 - q[taught.ids[at]].sum()
+            terms.append((p * (p / q[taught.ids[at]]).log()).sum() + rest * (rest / outside).log())
+        parts[name] = torch.stack(terms).mean()
+    result = run(problem, losses, "token", **given)
+    for name, value in parts.items():
+        assert_near(result.parts[name], value, what=name)
+    (got,) = torch.autograd.grad(result.total, problem.student_hidden)
+    (want,) = torch.autograd.grad(1.3 * parts["response_kl"] + 0.4 * parts["visual_kl"], hidden)
+    assert_near(got, want, what="gradient")
+
+
+def test_a_place_that_is_distilled_but_not_stored_is_an_error():
+    losses, problem = LossConfig(response_kl=1.0, visual_kl=1.0), make_problem()
+    taught = stored(problem, 4, torch.zeros_like(problem.visual))
+    with pytest.raises(AssertionError, match="was not stored"):
+        run(problem, losses, "token", teacher_hidden=None, teacher_head=None, taught=taught)

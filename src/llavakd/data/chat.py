@@ -26,20 +26,15 @@ Piece = tuple[str, Segment, list[int]]  # of a row: its text, what it is, and th
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """How turns become text: `system`, then in turn `question` and `answer` + `end` (both supervised) + `after_answer`.
-
-    picture: what stands for each of `{pictures}` in `question`; pretrain's has no `{text}`.
-    end: None is the tokenizer's end-of-sequence token.
-    jinja: the same layout for stock transformers (`apply_chat_template`).
-    """
+    """How turns become text: `system`, then in turn `question` and `answer` + `end` (both supervised) + `after_answer`."""
 
     system: str
-    picture: str
-    question: str
+    picture: str  # what stands for each of `{pictures}` in `question`
+    question: str  # pretrain's has no `{text}`
     answer: str
-    end: str | None
+    end: str | None  # None is the tokenizer's end-of-sequence token
     after_answer: str
-    jinja: str | None
+    jinja: str | None  # the same layout for stock transformers (`apply_chat_template`)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +117,9 @@ class ChatRenderer:
 
     def _lay_out(self, sample: Sample, pieces: list[Piece]) -> Rendered:
         if "{text}" not in self._form.question and (len(sample.turns) > 2 or not sample.turns[0].images):
-            raise DataError(
-                f"row {sample.id!r}: the pretrain template is for a picture and its caption, got {len(sample.turns)} "
-                f"turns and {sample.turns[0].images} picture(s); use vicuna_v1 or chatml for this source"
-            )
+            got = f"got {len(sample.turns)} turns and {sample.turns[0].images} picture(s)"
+            told = f"row {sample.id!r}: the pretrain template is for a picture and its caption, {got}"
+            raise DataError(f"{told}; use vicuna_v1 or chatml for this source")
         ids, segments = list[int](), list[int]()
         for text, kind, piece in [("", Segment.PROMPT, self._prefix), *pieces]:
             if kind == Segment.VISUAL:

@@ -15,37 +15,30 @@ from torch.utils.data import Dataset
 from llavakd.config import DataConfig
 from llavakd.data.chat import ChatRenderer, Rendered, Segment
 from llavakd.data.files import DataError
-from llavakd.data.pictures import FeatureStore, load_pixels
+from llavakd.data.pictures import load_pixels
 from llavakd.data.samples import Sample, word_lengths
+from llavakd.losses.offline import Taught
 from llavakd.losses.rows import IGNORE_INDEX
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """B rows padded on the right to T positions, or one pack of rows behind each other (B = 1), and their P pictures.
+    """B rows padded on the right to T positions, or one pack of rows behind each other (B = 1), and their P pictures."""
 
-    input_ids, attention_mask, labels: int64 [B, T]; labels[b, t] belongs to token t itself (unshifted), -100: none.
-    segments: uint8 [B, T], a Segment each.
-    image_rows: int64 [P], the row of each picture, in order.
-    pixel_values: float32 [P, 3, H, W], or None without pictures or with cached features.
-    features: the frozen tower's output [P, N, D_v], or None.
-    teacher_pixel_values: the same pictures through the teacher's own processor, or None where it shares the student's.
-    position_ids: int64 [1, T] of a pack, from 0 in each of its rows; None where rows are padded.
-    mistakes: what is wrong with the rows that could not be used; a single unsupervised token stands for each.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-    segments: Tensor
-    image_rows: Tensor
-    pixel_values: Tensor | None = None
-    features: Tensor | None = None
-    teacher_pixel_values: Tensor | None = None
-    position_ids: Tensor | None = None
+    input_ids: Tensor  # int64 [B, T]
+    attention_mask: Tensor  # int64 [B, T]
+    labels: Tensor  # int64 [B, T], each of the token at its own position (unshifted); -100: none
+    segments: Tensor  # uint8 [B, T], a Segment each
+    visual: Tensor  # bool [B, T], picture positions that a loss sees: all, or those that a teacher's cache tells of
+    image_rows: Tensor  # int64 [P], the row of each picture, in order
+    pixel_values: Tensor | None = None  # float32 [P, 3, H, W]; None without pictures or with cached features
+    features: Tensor | None = None  # [P, N, D_v], the frozen tower's output, if it was cached
+    teacher_pixel_values: Tensor | None = None  # through the teacher's own processor, where it does not share one
+    position_ids: Tensor | None = None  # int64 [1, T] of a pack, from 0 in each of its rows; None where rows are padded
+    taught: Taught | None = None  # what the teacher's cache tells
     sample_ids: Sequence[str] = ()
     truncated: int = 0
-    mistakes: Sequence[str] = ()
+    mistakes: Sequence[str] = ()  # what is wrong with rows that cannot be used: an unsupervised token stands for each
 
     def pin_memory(self) -> Self:
         """Page-locked copy, for the data loader; no tuple, which wrappers of the student would move to the device."""
@@ -70,7 +63,7 @@ class Source:
     samples: Sequence[Sample]
     renderer: ChatRenderer
     data: DataConfig
-    store: FeatureStore | None = None
+    store: dict[str, Tensor] | None = None  # features [N, D_v] of its pictures by name
     weight: float = 1.0
 
 
@@ -110,7 +103,7 @@ class RowDataset(Dataset[Row]):
             if isinstance(text, DataError):
                 raise text
             if sample.images and source.store is not None:
-                pictures["features"] = source.store.get(sample.images)
+                pictures["features"] = torch.stack([source.store[name] for name in sample.images])
             elif sample.images:
                 for name, processor in self.processors.items():
                     pictures[name] = load_pixels(source.data, sample.images, processor)
@@ -150,13 +143,16 @@ def collate(rows: Sequence[Row], *, pad_token_id: int, packed: bool = False) -> 
     input_ids = laid([row.text.ids for row in rows], pad_token_id)
     segments = laid([row.text.segments for row in rows], Segment.PADDING, torch.uint8)
     parts = {part for row in rows for part in row.pictures}
-    pictures = {part: torch.cat([row.pictures[part] for row in rows if part in row.pictures]) for part in parts}
+    pictures: dict[str, Any] = {
+        part: torch.cat([row.pictures[part] for row in rows if part in row.pictures]) for part in parts
+    }
     owners = [number for number, row in enumerate(rows) for _ in next(iter(row.pictures.values()), ())]
     return Batch(
         input_ids=input_ids,
         attention_mask=(segments != Segment.PADDING).long(),
         labels=input_ids.where(segments == Segment.RESPONSE, IGNORE_INDEX),
         segments=segments,
+        visual=segments == Segment.VISUAL,
         image_rows=torch.tensor(owners, dtype=torch.int64),
         position_ids=laid([range(len(row.text.ids)) for row in rows], 0) if packed else None,
         sample_ids=tuple(row.id for row in rows),

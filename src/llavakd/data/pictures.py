@@ -9,9 +9,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, ImageOps
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llavakd.config import DataConfig
@@ -78,25 +76,3 @@ def _names(place: str) -> frozenset[str]:
         return _archive(place, os.getpid())[1] if place.endswith(_ARCHIVES) else frozenset(os.listdir(place))
     except (OSError, zipfile.BadZipFile, tarfile.TarError):
         return frozenset()
-
-
-class FeatureStore:
-    """Features [P, N, D_v] of named pictures in one safetensors file, memory-mapped."""
-
-    def __init__(self, path: Path) -> None:
-        held = load_file(path)
-        names = held["names"].numpy().tobytes().decode().split("\0")
-        self._features, self._index = held["features"], {name: position for position, name in enumerate(names)}
-
-    def get(self, names: Sequence[str]) -> Tensor:
-        """Features [len(names), N, D_v], in the order of `names`."""
-        return self._features[[self._index[name] for name in names]]
-
-
-def save_features(path: Path, names: Sequence[str], features: Tensor) -> None:
-    """Write a store atomically: names of P pictures and their features [P, N, D_v]."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    joined = torch.frombuffer(bytearray("\0".join(names).encode()), dtype=torch.uint8)
-    partial = path.with_suffix(".partial")
-    save_file({"features": features.contiguous(), "names": joined}, str(partial))
-    partial.replace(path)

@@ -37,25 +37,20 @@ class Sample:
     images: tuple[str, ...]
     turns: tuple[Turn, ...]
     type: str | None = None
-    answers: tuple[str, ...] = ()
-    """What ten people answered to the last question, for `vqa_accuracy`; none: only the last turn is known."""
+    answers: tuple[
+        str, ...
+    ] = ()  # of ten people to the last question, for `vqa_accuracy`; none: only its turn is known
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Samples(Sequence[Sample]):
-    """The good rows of a data file, read from it when asked for.
-
-    rows: how many the file has, good and bad.
-    mistakes: what is wrong with each bad one.
-    places: uint64 [n, 3], where a good row starts in the file, how long it is, and which it is.
-    lengths: int32 [n], their `word_lengths`.
-    """
+    """The good rows of a data file, read from it when asked for."""
 
     path: Path
-    rows: int
-    mistakes: tuple[str, ...]
-    places: np.ndarray
-    lengths: np.ndarray
+    rows: int  # how many the file has, good and bad
+    mistakes: tuple[str, ...]  # what is wrong with each bad one
+    places: np.ndarray  # uint64 [n, 3], where a good row starts in the file, how long it is, and which it is
+    lengths: np.ndarray  # int32 [n], their `word_lengths`
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -97,12 +97,9 @@ def evaluate_tasks(
         answering = Adapter(model, data, evaluation)
         found = simple_evaluate(answering, tasks=[*tasks.values()], task_manager=manager, cli_args=written, **settings)
     (place / "lmms_eval.json").write_text(json.dumps(found, ensure_ascii=False, default=str), encoding="utf-8")
-    values = {
-        f"{task}.{key.removesuffix(',none')}": value
-        for task, row in found["results"].items()
-        for key, value in row.items()
-        if isinstance(value, int | float) and "_stderr" not in key
-    }
+    told = ((f"{task}.{key}", value) for task, row in found["results"].items() for key, value in row.items())
+    numbers = ((key, value) for key, value in told if isinstance(value, int | float) and "_stderr" not in key)
+    values = {key.removesuffix(",none"): value for key, value in numbers}
     return {
         "name": place.name,
         "n": sum(map(len, found["samples"].values())),

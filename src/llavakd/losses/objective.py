@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from llavakd.config import LossConfig
+from llavakd.losses.offline import Taught, distill_rows_topk
 from llavakd.losses.relation import relation_distance
 from llavakd.losses.rows import IGNORE_INDEX, distill_rows
 from llavakd.transfer import sent
@@ -29,7 +30,7 @@ class Objective(NamedTuple):
 
 def count(labels: Tensor, visual: Tensor, image_rows: Tensor, position_ids: Tensor | None = None) -> Counts:
     """Count one micro-batch (CPU tensors), given as to `objective`."""
-    rows, supervised = _places(labels, position_ids)
+    rows, supervised = row_places(labels, position_ids)
     return Counts(int(rows.max()) + 1, int(supervised.sum()), int(visual.sum()), len(image_rows))
 
 
@@ -47,6 +48,7 @@ def objective(
     counts: Counts,
     position_ids: Tensor | None = None,
     vocab_size: int | None = None,
+    taught: Taught | None = None,
 ) -> Objective:
     """This micro-batch's share of ce + a response_kl + b visual_kl + c relation (LLaVA-KD, section 3).
 
@@ -65,8 +67,10 @@ def objective(
     counts: of the whole global batch.
     position_ids: int64 [1, T] of a pack, from 0 in each of its rows; None where each line of B is one row.
     vocab_size: ids shared with the teacher.
+    taught: on the CPU, what a teacher without hidden states said at all these places: forward KL at temperature 1 then,
+        with the ids that are not stored as one outcome.
     """
-    rows, supervised = _places(labels, position_ids)
+    rows, supervised = row_places(labels, position_ids)
     response, seen = supervised.nonzero(), visual.nonzero()  # (line, position that predicts)
     places = torch.cat([response, seen])
     flat, device = places[:, 0] * labels.shape[1] + places[:, 1], student_hidden.device
@@ -75,26 +79,25 @@ def objective(
     visual_weight = _weights(owners[len(response) :], reduction, counts.samples, counts.visual_tokens)
     student_hidden = student_hidden.flatten(0, 1).index_select(0, chosen)
     teacher_hidden = None if teacher_hidden is None else teacher_hidden.flatten(0, 1).index_select(0, chosen)
-    scored = distill_rows(
-        student_hidden,
-        student_head,
-        teacher_hidden,
-        teacher_head,
-        torch.cat([labels[response[:, 0], response[:, 1] + 1], labels.new_full((len(seen),), IGNORE_INDEX)]),
-        ce_weight=torch.cat([losses.ce * response_weight, torch.zeros_like(visual_weight)]),
-        kl_weight=torch.cat([losses.response_kl * response_weight, losses.visual_kl * visual_weight]),
-        divergence=losses.divergence,
-        beta=losses.beta,
-        temperature=losses.temperature,
-        vocab_size=vocab_size,
-    )
+    targets = torch.cat([labels[response[:, 0], response[:, 1] + 1], labels.new_full((len(seen),), IGNORE_INDEX)])
+    ce_weight = torch.cat([losses.ce * response_weight, torch.zeros_like(visual_weight)])
+    kl_weight = torch.cat([losses.response_kl * response_weight, losses.visual_kl * visual_weight])
+    how: dict[str, Any] = {"ce_weight": ce_weight, "kl_weight": kl_weight, "vocab_size": vocab_size}
+    if taught:
+        at = torch.searchsorted(taught.places, flat).clamp_max(len(taught.places) - 1)
+        assert torch.equal(taught.places[at], flat), "a place that is distilled was not stored"
+        known, how["teacher_tail"] = (taught.ids[at], taught.logp[at]), taught.tail[at]
+        scored = distill_rows_topk(student_hidden, student_head, *known, targets, **how)
+    else:
+        how |= {"divergence": losses.divergence, "beta": losses.beta, "temperature": losses.temperature}
+        scored = distill_rows(student_hidden, student_head, teacher_hidden, teacher_head, targets, **how)
     relation = torch.zeros((), device=device)
     if losses.relation and len(image_rows):
         assert teacher_hidden is not None, "the relation needs a teacher"
         assert teacher_head is not None, "the relation needs the teacher's head"
         shape = len(image_rows), -1
         student, teacher = (side[len(response) :].unflatten(0, shape) for side in (student_hidden, teacher_hidden))
-        how: dict[str, Any] = {"center": losses.relation_center, "row_normalize": losses.relation_row_normalize}
+        how = {"center": losses.relation_center, "row_normalize": losses.relation_row_normalize}
         relation = relation_distance(student, student_head, teacher, teacher_head, vocab_size=vocab_size, **how)
         if reduction == "sample":
             relation = relation / sent(torch.bincount(image_rows)[image_rows], device)
@@ -110,7 +113,7 @@ def objective(
     return Objective(total, {name: value for name, value in parts.items() if losses.weights[name]})
 
 
-def _places(labels: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+def row_places(labels: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
     """The row of each position, [B, T], and which positions predict a label, of their own row: bool [B, T - 1]."""
     if position_ids is None:
         position_ids = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)

@@ -1,6 +1,6 @@
 """The loss of `distill_rows` against a teacher that is no longer there: its k likeliest ids per row, stored."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +8,15 @@ from torch import Tensor
 
 from llavakd.losses.products import exact_dtype
 from llavakd.losses.rows import RowLosses, Sweep, cross_entropy_with_gradient, shared_width
+
+
+class Taught(NamedTuple):
+    """Of M positions what a teacher gave the next id: its k likeliest ids, as to `distill_rows_topk`."""
+
+    places: Tensor  # int64 [M], flat positions of a batch [B, T], ascending
+    ids: Tensor  # int64 [M, k]
+    logp: Tensor  # float32 [M, k]
+    tail: Tensor  # float32 [M]
 
 
 def distill_rows_topk(

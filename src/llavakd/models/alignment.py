@@ -20,27 +20,19 @@ _SELECTION = ("vision_feature_layer", "vision_feature_select_strategy")
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """What holds between a student and a teacher.
+    """What holds between a student and a teacher."""
 
-    vocab_size: ids [0, vocab_size) mean the same to both; later head rows take no part in any loss.
-    shared_tower: both vision towers, their feature selection and their pixels are equal, so one run serves both.
-    shared_pixels: both image processors make the same pixels; otherwise a batch carries each model's own.
-    note: what was decided, for the person who runs it.
-    """
-
-    vocab_size: int
-    shared_tower: bool
-    shared_pixels: bool = True
-    note: str
+    vocab_size: int  # ids [0, vocab_size) mean the same to both; later head rows take no part in any loss
+    shared_tower: bool  # both vision towers, their feature selection and pixels are equal, so that one run serves both
+    shared_pixels: bool = True  # both image processors make the same pixels; else a batch carries each model's own
+    note: str  # what was decided, for the person who runs it
 
 
 def align(student: VisionLanguageModel, teacher: VisionLanguageModel) -> Pair:
     """Check a pair; raises UserError naming the first difference that matters."""
     if student.tokens_per_image != teacher.tokens_per_image:
-        raise UserError(
-            f"visual tokens per picture: student {student.tokens_per_image}, teacher {teacher.tokens_per_image}; give both "
-            "the same vision_feature_select_strategy and a tower of the same grid"
-        )
+        told = f"visual tokens per picture: student {student.tokens_per_image}, teacher {teacher.tokens_per_image}"
+        raise UserError(f"{told}; give both the same vision_feature_select_strategy and a tower of the same grid")
     vocab_size = shared_vocabulary(student.tokenizer, teacher.tokenizer, min(len(student.head), len(teacher.head)))
     ours, theirs = (model.image_processor.to_dict() for model in (student, teacher))
     differing = [key for key in _PIXELS if (ours.get(key) or None) != (theirs.get(key) or None)]
@@ -57,10 +49,8 @@ def shared_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedToken
         left, right = ours.get(index), theirs.get(index)
         # The picture mark is never predicted, so its id may differ.
         if left != right and IMAGE_TAG not in (left, right):
-            raise UserError(
-                f"tokenizers differ: id {index} is {left!r} for the student and {right!r} for the teacher; "
-                "use a teacher and a student of one tokenizer"
-            )
+            told = f"tokenizers differ: id {index} is {left!r} for the student and {right!r} for the teacher"
+            raise UserError(f"{told}; use a teacher and a student of one tokenizer")
     while ours.get(shared - 1) != theirs.get(shared - 1):  # a picture mark at the end, against a word or nothing
         shared -= 1
     return shared

@@ -15,12 +15,8 @@ from llavakd.data.samples import IMAGE_TAG
 from llavakd.errors import UserError
 
 # PIL processors give the same pixels with and without torchvision; the automatic class does not.
-IMAGE_PROCESSORS: dict[str, type[Any]] = {
-    "SiglipImageProcessor": transformers.SiglipImageProcessorPil,
-    "CLIPImageProcessor": transformers.CLIPImageProcessorPil,
-    "BitImageProcessor": transformers.BitImageProcessorPil,
-    "LlavaImageProcessor": transformers.LlavaImageProcessorPil,
-}
+_KNOWN = ("SiglipImageProcessor", "CLIPImageProcessor", "BitImageProcessor", "LlavaImageProcessor")
+IMAGE_PROCESSORS: dict[str, type[Any]] = {kind: getattr(transformers, f"{kind}Pil") for kind in _KNOWN}
 # Towers that stock Llava runs on pixels alone, and their tokens in front of the patches (registers come on top).
 TOWERS = {"siglip_vision_model": 0, "clip_vision_model": 1, "dinov2": 1, "dinov2_with_registers": 1}
 # Stock models of one build by model_type: Llava, and Aya Vision, whose projector makes one token of 2 x 2 patches.
@@ -125,10 +121,8 @@ def check_language_model(language_model: Any, source: str) -> None:
             if not torch.equal(head(output.hidden_states[-1]), output.logits):
                 reason = "it scales, caps or otherwise changes the logits after its head"
     if reason:
-        raise ModelError(
-            f"{source}: stock Llava cannot hold a {language_model.config.model_type!r} language model like this: "
-            f"{reason}; choose another, for example Qwen, Llama, Gemma, Gemma 3 or Phi-3"
-        )
+        told = f"{source}: stock Llava cannot hold a {language_model.config.model_type!r} language model like this: {reason}"
+        raise ModelError(f"{told}; choose another, for example Qwen, Llama, Gemma, Gemma 3 or Phi-3")
 
 
 def add_image_token(tokenizer: Any, config: Any) -> None:
@@ -152,10 +146,9 @@ def count_image_tokens(vision: Any, strategy: str, image_processor: Any = None) 
         height, width = pixels.shape[-2:]
     # DINOv2 interpolates its positions, the others do not.
     if height != width or (height != vision.image_size and not vision.model_type.startswith("dinov2")):
-        raise ModelError(
-            f"the image processor makes pictures of {height} x {width} pixels, the vision tower "
-            f"{vision.model_type!r} takes {vision.image_size} x {vision.image_size}; use the tower's own preprocessor_config.json"
-        )
+        takes = f"the vision tower {vision.model_type!r} takes {vision.image_size} x {vision.image_size}"
+        told = f"the image processor makes pictures of {height} x {width} pixels, {takes}"
+        raise ModelError(f"{told}; use the tower's own preprocessor_config.json")
     return (height // vision.patch_size) ** 2 + leading_tokens(vision) - (strategy == "default")
 
 
@@ -163,10 +156,9 @@ def pooled_tokens(tokens: int) -> int:
     """Tokens that the pooling projector leaves; raises ModelError where the patches do not pair up."""
     side = math.isqrt(tokens)
     if side * side != tokens or side % 2:
-        raise ModelError(
-            f"projector pixel_shuffle joins 2 x 2 patches, but the tower's {tokens} tokens are no square of even side; use "
-            "one of an even grid, and vision_feature_select_strategy `full` where it has no class token, else `default`"
-        )
+        why = f"projector pixel_shuffle joins 2 x 2 patches, but the tower's {tokens} tokens are no square of even side"
+        how = "vision_feature_select_strategy `full` where it has no class token, else `default`"
+        raise ModelError(f"{why}; use one of an even grid, and {how}")
     return tokens // 4
 
 

@@ -160,10 +160,8 @@ def outline_folder(folder: str) -> VisionLanguageModel:
     """What `load_student` would load, without weights; raises ModelError."""
     config = parts.load(AutoConfig, folder)
     if config.model_type not in FAMILIES or not hasattr(config, "image_seq_length"):
-        raise ModelError(
-            f"{folder} holds a {config.model_type!r} model, expected one of {', '.join(FAMILIES)}; "
-            "give a folder that LlavaForConditionalGeneration wrote"
-        )
+        told = f"{folder} holds a {config.model_type!r} model, expected one of {', '.join(FAMILIES)}"
+        raise ModelError(f"{told}; give a folder that LlavaForConditionalGeneration wrote")
     return outline(config, parts.load(AutoTokenizer, folder), parts.load_image_processor(folder))
 
 
@@ -187,15 +185,12 @@ def save_model(student: VisionLanguageModel, folder: Path, *, template: str | No
     if template:
         generation.eos_token_id = end_token_id(template, student.tokenizer)
     student.model.save_pretrained(folder)
-    transformers.LlavaProcessor(
-        image_processor=student.image_processor,
-        tokenizer=student.tokenizer,
-        patch_size=config.vision_config.patch_size * getattr(config, "downsample_factor", 1),
-        num_additional_image_tokens=parts.leading_tokens(config.vision_config),
-        image_token=IMAGE_TAG,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        chat_template=TEMPLATES[template].jinja if template else None,
-    ).save_pretrained(folder)
+    vision, joins = config.vision_config, getattr(config, "downsample_factor", 1)
+    readers = {"image_processor": student.image_processor, "tokenizer": student.tokenizer, "image_token": IMAGE_TAG}
+    sizes = {"patch_size": vision.patch_size * joins, "num_additional_image_tokens": parts.leading_tokens(vision)}
+    sizes |= {"vision_feature_select_strategy": config.vision_feature_select_strategy}
+    form = TEMPLATES[template].jinja if template else None
+    transformers.LlavaProcessor(**readers, **sizes, chat_template=form).save_pretrained(folder)
 
 
 def vision_features(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> Tensor:

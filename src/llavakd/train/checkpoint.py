@@ -56,6 +56,13 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def contents(source: str, *forms: str) -> list[str]:
+    """Digests of a file, or of those in a folder, where no forms are given a model's; a hub name stands for itself."""
+    path, forms = Path(source), forms or ("config.json", "*.safetensors", "*.bin")
+    found = [path] if path.is_file() else [file for form in forms for file in path.glob(form)]
+    return [file_digest(file) for file in sorted(found) if file.is_file()] or [source]
+
+
 def save_checkpoint(folder: Path | None, *, module: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Write FOLDER/step-N: what learns, the optimiser, `state` (with its `step`), a manifest; None only lends its shards."""
     learning, moments = recursively_apply(joined, (_learning(module), optimizer.state_dict()), keep=bool(folder))
@@ -87,10 +94,8 @@ def load_checkpoint(path: Path, *, module: nn.Module, optimizer: Optimizer) -> d
     """Restore what `save_checkpoint` wrote, strictly, and return its `state`; UserError where it is of another model."""
     stored, present = load_file(str(path / "learning.safetensors")), _learning(module)
     if names := sorted(stored.keys() ^ present.keys()):
-        raise UserError(
-            f"checkpoint {path} does not fit the model: {len(names)} tensors differ, first {names[0]!r}; "
-            "use a new --out for another model"
-        )
+        told = f"checkpoint {path} does not fit the model: {len(names)} tensors differ, first {names[0]!r}"
+        raise UserError(f"{told}; use a new --out for another model")
     for name, tensor in present.items():
         tensor.copy_(like(stored[name], tensor))
     rest = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")

@@ -39,10 +39,8 @@ def total_steps(rows: int, stage: StageConfig) -> int:
     """Optimiser steps of a stage: whole global batches only, at least one; raises UserError where there is none."""
     per_epoch = rows // stage.global_batch_size
     if not per_epoch:
-        raise UserError(
-            f"data source {' + '.join(stage.sources)!r} has {rows} rows, fewer than global_batch_size "
-            f"{stage.global_batch_size}; lower it"
-        )
+        told = f"data source {' + '.join(stage.sources)!r} has {rows} rows"
+        raise UserError(f"{told}, fewer than global_batch_size {stage.global_batch_size}; lower it")
     return max(1, round(per_epoch * stage.epochs))
 
 
@@ -50,10 +48,8 @@ def micro_batch_size(stage: StageConfig, *, processes: int) -> int:
     """Rows that a process holds at once, all of its share where they are packed; UserError where that does not divide."""
     micro = stage.micro_batch_size or max(1, stage.global_batch_size // processes)
     if stage.global_batch_size % (micro * processes):
-        raise UserError(
-            f"stage {stage.name}: global_batch_size {stage.global_batch_size} is not a multiple of {processes} "
-            f"processes x micro_batch_size {micro}; change one of them"
-        )
+        told = f"stage {stage.name}: global_batch_size {stage.global_batch_size} is not a multiple of"
+        raise UserError(f"{told} {processes} processes x micro_batch_size {micro}; change one of them")
     return micro
 
 
@@ -81,6 +77,7 @@ def run_stage(state: TrainState, dataset: RowDataset, recipe: Recipe, folder: Pa
         while progress.step < steps:
             set_learning_rate(state.optimizer, learning_rate(progress.step, steps=steps, stage=stage))
             together = [batch for _ in range(accumulation) for batch in next(batches)]
+            together = [state.stored.add(batch) for batch in together] if state.stored else together
             window.append(train_step(state, together, step=progress.step))
             progress.step += 1
             progress.seconds = time.perf_counter() - started
@@ -144,17 +141,12 @@ def _drop_later_metrics(path: Path, step: int) -> None:
 
 def _load(dataset: RowDataset, rows: Iterable[list[int]], recipe: Recipe, state: TrainState) -> Iterator[list[Batch]]:
     how = {"pad_token_id": state.student.tokenizer.pad_token_id, "max_tokens": state.stage.max_tokens_per_batch}
+    options: dict[str, Any] = {"num_workers": recipe.workers, "worker_init_fn": _ignore_interrupt}
+    options |= {"batch_sampler": rows, "collate_fn": functools.partial(collate_step, **how)}
+    pinned = state.accelerator.device.type == "cuda"
     # A generator of its own: drawing worker seeds must not move the training's random state.
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_sampler=rows,
-        num_workers=recipe.workers,
-        generator=torch.Generator().manual_seed(recipe.seed),
-        collate_fn=functools.partial(collate_step, **how),
-        pin_memory=state.accelerator.device.type == "cuda",
-        worker_init_fn=_ignore_interrupt,
-    )
-    return iter(loader)
+    own = torch.Generator().manual_seed(recipe.seed)
+    return iter(DataLoader(dataset, generator=own, pin_memory=pinned, **options))
 
 
 def _ignore_interrupt(worker: int) -> None:

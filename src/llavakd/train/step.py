@@ -44,8 +44,8 @@ class StudentModule(nn.Module):
             blank = torch.zeros(1, *self.picture, device=device)
             features = blank if pixels is None else vision_features(self.model, sent(pixels, device))
         hidden = final_hidden(self.model, batch.input_ids, batch.attention_mask, visual, features, batch.position_ids)
-        what: dict[str, Any] = {"labels": batch.labels, "visual": visual, "image_rows": batch.image_rows}
-        what |= {"position_ids": batch.position_ids, "counts": counts}
+        what: dict[str, Any] = {"labels": batch.labels, "visual": batch.visual, "image_rows": batch.image_rows}
+        what |= {"position_ids": batch.position_ids, "counts": counts, "taught": batch.taught}
         result = objective(hidden, self.model.lm_head.weight, taught, teacher_head, **what, **self.aims)
         # All of a tower that learns gets a gradient, of zero without a picture and past the selected layer.
         tower = (weight for weight in self.model.model.vision_tower.parameters() if weight.requires_grad)
@@ -63,6 +63,7 @@ class TrainState:
     teacher: VisionLanguageModel | None
     pair: Pair | None
     stage: StageConfig
+    stored: Any = None  # a TaughtStore in a teacher's place
 
 
 class StepResult(NamedTuple):
@@ -103,32 +104,37 @@ def check_finite(results: Sequence[StepResult], stage: StageConfig) -> None:
     norms = torch.stack([result.grad_norm for result in results]).tolist()
     for result, norm in zip(results, norms, strict=True):
         if not math.isfinite(norm):
+            parts = {name: float(value) for name, value in result.parts.items()}
+            told = f"stage {stage.name}, step {result.step}: gradient norm is {norm}, parts {parts}"
             raise NonFiniteError(
-                f"stage {stage.name}, step {result.step}: gradient norm is {norm}, parts "
-                f"{ {name: float(value) for name, value in result.parts.items()} }, rows {', '.join(result.rows)}, ...; "
-                "lower learning_rate or use precision: fp32"
+                f"{told}, rows {', '.join(result.rows)}, ...; lower learning_rate or use precision: fp32"
             )
 
 
 def _forward(state: TrainState, batch: Batch, counts: Counts) -> Objective:
-    device, teacher, taught = state.accelerator.device, state.teacher, None
-    pixels = batch.pixel_values
+    features, taught = look(state, batch)
+    return state.module(batch, features, taught, state.teacher.head if state.teacher else None, counts)
+
+
+@torch.no_grad()
+def look(state: TrainState, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+    """Features of a frozen tower [P, N, D_v], if there are pictures, and the teacher's final hidden states [B, T, D]."""
+    device, teacher, pixels = state.accelerator.device, state.teacher, batch.pixel_values
     features = None if batch.features is None else sent(batch.features, device)
     tower_learns = "vision_tower" in state.stage.train
-    with torch.no_grad():
-        if features is None and pixels is not None and not tower_learns:
-            model, narrow = _tower(state)
-            with contextlib.nullcontext() if narrow else state.accelerator.autocast():
-                features = vision_features(model, sent(pixels, device).to(model.dtype))
-        if teacher and state.pair:
-            seen, visual = features, batch.segments == Segment.VISUAL
-            if pixels is not None and (tower_learns or not state.pair.shared_tower):
-                own = pixels if state.pair.shared_pixels else batch.teacher_pixel_values
-                assert own is not None, "the teacher has another image processor, but the batch lacks its pixels"
-                seen = vision_features(teacher.model, sent(own, device).to(teacher.model.dtype))
-            given = batch.input_ids, batch.attention_mask, visual, seen, batch.position_ids
-            taught = final_hidden(teacher.model, *given)
-    return state.module(batch, features, taught, teacher.head if teacher else None, counts)
+    if features is None and pixels is not None and not tower_learns:
+        model, narrow = _tower(state)
+        with contextlib.nullcontext() if narrow else state.accelerator.autocast():
+            features = vision_features(model, sent(pixels, device).to(model.dtype))
+    if not teacher or not state.pair:
+        return features, None
+    seen, visual = features, batch.segments == Segment.VISUAL
+    if pixels is not None and (tower_learns or not state.pair.shared_tower):
+        own = pixels if state.pair.shared_pixels else batch.teacher_pixel_values
+        assert own is not None, "the teacher has another image processor, but the batch lacks its pixels"
+        seen = vision_features(teacher.model, sent(own, device).to(teacher.model.dtype))
+    given = batch.input_ids, batch.attention_mask, visual, seen, batch.position_ids
+    return features, final_hidden(teacher.model, *given)
 
 
 def _tower(state: TrainState) -> tuple[Any, bool]:
@@ -149,7 +155,7 @@ def park_tower(state: TrainState) -> None:
 
 def _count(accelerator: Accelerator, micro_batches: Sequence[Batch]) -> tuple[Counts, dict[str, int], int]:
     """Counts of the global batch, and those of StepResult, over micro-batches and ranks, on the CPU; the most micro-batches."""
-    counts = [count(b.labels, b.segments == Segment.VISUAL, b.image_rows, b.position_ids) for b in micro_batches]
+    counts = [count(b.labels, b.visual, b.image_rows, b.position_ids) for b in micro_batches]
     own = [int(rank == accelerator.process_index) for rank in range(accelerator.num_processes)]
     rows = [(int(batch.attention_mask.sum()), batch.truncated, len(batch.mistakes), *own) for batch in micro_batches]
     local = torch.cat([torch.tensor(counts), torch.tensor(rows)], dim=1).sum(0)
