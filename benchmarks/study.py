@@ -27,7 +27,8 @@ ROOT = Path(__file__).parents[1]
 SEEDS = (11, 12, 13, 14, 15)
 FULL = {"ce": 1.0, "response_kl": 1.0, "visual_kl": 1.0, "relation": 0.5}
 WORLD_OF_TEACHERS, WORLD_OF_TEXT = 901, 902  # seeds that no run has
-# What differs from the study's recipe: stages, the losses of those that distil, keys of `world`, teacher, student.
+# What differs from the study's recipe: stages, the losses of those that distil, keys of `world`, teacher, student; of a
+# stored teacher what is kept.
 Cell = dict[str, Any]
 THREE = ("pt-sft-sft", "dpt-sft-dft", "pt-sft-dft", "dpt-sft-sft", "dpt-dft-dft")
 
@@ -44,6 +45,10 @@ PARTS: dict[str, dict[str, Cell]] = {
         "relation alone": _with(relation=0.5),
         "full, relation centred": _with(response_kl=1.0, visual_kl=1.0, relation=0.5, relation_center=True),
         "full, weights 1, 1, 1": _with(response_kl=1.0, visual_kl=1.0, relation=1.0),
+    },
+    "stored": {
+        "response + visual, 16 ids at a quarter of a picture": _with(response_kl=1.0, visual_kl=1.0)
+        | {"stored": {"top_k": 16, "visual_share": 0.25}}
     },
     "answers": {
         f"{noise:.0%} wrong, {name}": {"stages": stages, "world": {"noise": noise}}
@@ -101,6 +106,9 @@ def recipe_of(cell: Cell, seed: int, work: Path, *, epochs: float | None = None)
         recipe = dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, language_model=model))
     place = work / f"seed-{seed}" / f"{world.scenes}-{world.noise}"
     draw_world(recipe, place)
+    if cell.get("stored"):
+        teacher = dataclasses.replace(recipe.teacher, cache=str(place / "taught"))
+        recipe = dataclasses.replace(recipe, teacher=teacher, cache_features=False)
     return dataclasses.replace(resolve_paths(recipe, place), world=None), place
 
 
@@ -120,6 +128,8 @@ def run_cell(cell: Cell, seed: int, work: Path, out: Path, *, epochs: float | No
         shutil.copytree(folder / stage.name, out / stage.name)
         entries.append(json.loads((folder / "entry.json").read_text(encoding="utf-8")))
     (out / "pipeline.json").write_text(json.dumps({"name": recipe.name, "stages": entries}), encoding="utf-8")
+    if cell.get("stored") and not Path(recipe.teacher.cache).is_dir():
+        run_pipeline(recipe, out, cache=cell["stored"])
     row = run_pipeline(recipe, out)["rows"][-1]
     ledger = json.loads((out / "pipeline.json").read_text(encoding="utf-8"))["stages"]
     for stage, folder, entry in list(zip(recipe.stages, kept, ledger, strict=True))[known:]:
