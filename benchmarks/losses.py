@@ -129,8 +129,11 @@ def floor(given: Inputs) -> None:
         logits.T @ student
 
 
-def measure(step: Callable[[], object], device: str, repeats: int) -> tuple[float, float]:
-    """(median milliseconds, GiB allocated at the peak beyond what stands after a step)."""
+def measure(step: Callable[[], object], device: str, repeats: int, in_a_row: int = 1) -> tuple[float, float]:
+    """(median milliseconds, GiB allocated at the peak beyond what stands after a step).
+
+    Of steps `in_a_row` the next is begun before the device is done with the last.
+    """
     for _ in range(2):
         step()
     gc.collect()
@@ -144,10 +147,11 @@ def measure(step: Callable[[], object], device: str, repeats: int) -> tuple[floa
         if cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
-        step()
+        for _ in range(in_a_row):
+            step()
         if cuda:
             torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
+        times.append(1e3 * (time.perf_counter() - start) / in_a_row)
     peak = torch.cuda.max_memory_allocated() - before if cuda else 0
     return statistics.median(times), peak / 2**30
 

@@ -100,7 +100,7 @@ def measure_contender(case: Case, contender: Contender, size: Size, device: str)
         with clock("first"):
             step()
         first = clock.found.pop("first")[0]
-        milliseconds, beyond = in_a_row(step, clock.wait, 2 * size.repeats)
+        milliseconds, beyond = measure(step, device, 1, in_a_row=2 * size.repeats)
         for _ in range(0 if contender.optimizer else size.repeats):
             step(clock)
         line = {
@@ -116,24 +116,6 @@ def measure_contender(case: Case, contender: Contender, size: Size, device: str)
     if drift:
         line["teacher_drift"] = drift
     return line
-
-
-def in_a_row(step: Step, wait: Callable[[], None], repeats: int) -> tuple[float, float]:
-    """Milliseconds of one of several steps, the next begun before the device is done with the last; the peak GiB beyond."""
-    step()
-    step()
-    gc.collect()
-    wait()
-    before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-    if before:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        step()
-    wait()
-    milliseconds = 1e3 * (time.perf_counter() - start) / repeats
-    return milliseconds, (torch.cuda.max_memory_allocated() - before) / 2**30 if before else 0.0
 
 
 def host_waits(step: Step) -> dict[str, int]:
