@@ -13,7 +13,7 @@ from llavakd.config import load_recipe
 from llavakd.models.quantized import NF4Linear
 from llavakd.pipeline import run_pipeline
 
-pytest.importorskip("bitsandbytes")
+pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),

@@ -1,12 +1,15 @@
 """Through the command line: how rows are dealt out changes no loss, no gradient norm and no weight."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from llavakd.config import parse_recipe as load_tree
-from llavakd.models.student import build_student, load_student, save_model
+from llavakd.data.pictures import load_pixels
+from llavakd.models.student import build_student, load_student, save_model, vision_features
 
 PARTS = ("loss", "ce", "response_kl", "visual_kl", "relation", "grad_norm", "lr")
 
@@ -118,6 +121,33 @@ def test_a_student_with_another_tower_than_the_teachers_trains_otherwise(tiny, t
     tower = {name: tensor for name, tensor in own[1].items() if ".vision_tower." in name}
     start = build_student(load_tree(tree).student, seed=1234).model.state_dict()
     assert all(torch.equal(tensor, start[name]) for name, tensor in tower.items())
+
+
+def test_features_are_kept_whole_and_each_under_the_name_of_its_picture(tiny, train, tmp_path):
+    images, name = tmp_path / "images", "folder/é b.png"
+    shutil.copytree(tiny.world / "images", images)
+    rows = json.loads(tiny.mixed.read_text(encoding="utf-8"))
+    (images / "folder").mkdir()
+    (images / rows[0]["image"]).rename(images / name)
+    old = rows[0]["image"]
+    for row in rows:
+        pictures = row.get("image")
+        row["image"] = [
+            name if one == old else one for one in ([pictures] if isinstance(pictures, str) else pictures or [])
+        ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    tree = dft_on_mixed_rows(tiny) | {"cache_features": True}
+    tree["data"]["mixed"] |= {"path": str(tmp_path / "rows.json"), "images": str(images)}
+    train("cached", tree)
+    (file,) = (tmp_path / "cached" / "features").iterdir()
+    assert file.suffix == ".safetensors", "nothing half-written stays"
+    held, recipe = load_file(file), load_tree(tree)
+    assert set(held) == {one for row in rows for one in row["image"]} >= {name}
+    student = build_student(recipe.student, seed=recipe.seed)
+    for one in (name, *sorted(held)[:3]):
+        pixels = load_pixels(recipe.data["mixed"], [one], student.image_processor)
+        with torch.no_grad():
+            torch.testing.assert_close(held[one], vision_features(student.model, pixels)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_cached_features_are_refused_where_the_teacher_needs_pixels(tiny, command, tmp_path):

@@ -37,9 +37,8 @@ class Sample:
     images: tuple[str, ...]
     turns: tuple[Turn, ...]
     type: str | None = None
-    answers: tuple[
-        str, ...
-    ] = ()  # of ten people to the last question, for `vqa_accuracy`; none: only its turn is known
+    # What ten people answered to the last question, for `vqa_accuracy`; none: only the last turn is known.
+    answers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
