@@ -1,11 +1,12 @@
 """Does distillation help, and which part of it: runs of recipes/shapes/study.yaml over seeds, one line of JSON each.
 
     python benchmarks/study.py --work runs/study --out benchmarks/results/study                 # goes on with what is there
-    python benchmarks/study.py --work runs/study --out benchmarks/results/study --parts recipes losses
+    python benchmarks/study.py --work runs/study --out benchmarks/results/study --parts recipes losses --minutes 8
     python benchmarks/study.py --work runs/again --out runs/again --cell losses/response --seeds 11      # one line anew
 
 A seed decides the student's start, the order of the rows, and the scenes that are drawn. Runs of one seed share the stages
-that they have in common. docs/make_tables.py puts the tables into docs/study.md.
+that they have in common: of runs that lack the same one, one at a time is begun. docs/make_tables.py puts the tables into
+docs/study.md.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ import os
 import shutil
 import subprocess
 import time
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from side_by_side import Task, run
 
 ROOT = Path(__file__).parents[1]
 SEEDS = (11, 12, 13, 14, 15)
@@ -30,6 +34,7 @@ WORLD_OF_TEACHERS, WORLD_OF_TEXT = 901, 902  # seeds that no run has
 # What differs from the study's recipe: stages, the losses of those that distil, keys of `world`, teacher, student; of a
 # stored teacher what is kept.
 Cell = dict[str, Any]
+TWO = ("pt-sft", "dpt-sft", "pt-dft", "dpt-dft")
 THREE = ("pt-sft-sft", "dpt-sft-dft", "pt-sft-dft", "dpt-sft-sft", "dpt-dft-dft")
 
 
@@ -37,8 +42,18 @@ def _with(**losses: Any) -> Cell:
     return {"losses": {"ce": 1.0, **losses}}
 
 
+def _pairs(**changes: Cell) -> dict[str, Cell]:
+    """The control and the paper's recipe, each with what differs from the study's recipe, by what that is called."""
+    kinds = {"control": "pt-sft-sft", "distilled": "dpt-sft-dft"}
+    return {
+        f"{named}, {kind}": {"stages": stages} | cell
+        for named, cell in changes.items()
+        for kind, stages in kinds.items()
+    }
+
+
 PARTS: dict[str, dict[str, Cell]] = {
-    "recipes": {name: {"stages": name} for name in (*THREE, "pt-sft", "dpt-sft", "pt-dft", "dpt-dft")},
+    "recipes": {name: {"stages": name} for name in (*TWO, *THREE)},
     "losses": {
         "response": _with(response_kl=1.0),
         "response + visual": _with(response_kl=1.0, visual_kl=1.0),
@@ -50,24 +65,16 @@ PARTS: dict[str, dict[str, Cell]] = {
         "response + visual, 16 ids at a quarter of a picture": _with(response_kl=1.0, visual_kl=1.0)
         | {"stored": {"top_k": 16, "visual_share": 0.25}}
     },
-    "answers": {
-        f"{noise:.0%} wrong, {name}": {"stages": stages, "world": {"noise": noise}}
-        for noise in (0.0, 0.15)
-        for name, stages in (("control", "pt-sft-sft"), ("distilled", "dpt-sft-dft"))
-    },
+    "answers": _pairs(**{f"{noise:.0%} wrong": {"world": {"noise": noise}} for noise in (0.0, 0.15)}),
     "teachers": {name: {"teacher": name} for name in ("middling", "weak")},
     "divergences": {kind: {"losses": FULL | {"divergence": kind}} for kind in ("reverse_kl", "jsd")},
     "weights": {"full, cross-entropy at 0.1": {"losses": FULL | {"ce": 0.1}}},
-    "data": {
-        f"1,500 scenes, {name}": {"stages": stages, "world": {"scenes": 1500}}
-        for name, stages in (("control", "pt-sft-sft"), ("distilled", "dpt-sft-dft"))
-    },
-    "students": {
-        f"{size}, {name}": {"stages": stages, "student": size}
-        for size in ("2 x 64", "6 x 192")
-        for name, stages in (("control", "pt-sft-sft"), ("distilled", "dpt-sft-dft"))
-    },
+    "data": _pairs(**{f"{scenes:,} scenes": {"world": {"scenes": scenes}} for scenes in (3000,)}),
+    "students": _pairs(**{size: {"student": size} for size in ("3 x 96", "6 x 192")}),
 }
+# Beside the study, with other seeds: how much training takes the control past its plateau.
+BUDGETS = _pairs(**{f"{scenes:,} scenes": {"world": {"scenes": scenes}} for scenes in (3000, 6000, 9000)})
+CELLS = PARTS | {"budget": BUDGETS}
 # Teachers besides the shipped one: a plain student on so many scenes with so many wrong answers, for so many epochs a stage.
 TEACHERS = {"middling": (3000, 0.0, 2), "weak": (2000, 0.3, 2)}
 
@@ -85,16 +92,28 @@ def stages_of(recipe: Any, cell: Cell) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def recipe_of(cell: Cell, seed: int, work: Path, *, epochs: float | None = None) -> tuple[Any, Path]:
-    """The whole recipe of a cell, its world drawn, and the folder of that world."""
-    from llavakd.config import load_recipe, resolve_paths
-    from llavakd.pipeline import draw_world
+def base_of(cell: Cell, seed: int, work: Path) -> tuple[Any, Path]:
+    """The study's recipe with a cell's world, and the folder of that world."""
+    from llavakd.config import load_recipe
 
     recipe = load_recipe(ROOT / "recipes" / "shapes" / "study.yaml", [f"seed={seed}", f"world.seed={seed}"])
     world = dataclasses.replace(recipe.world, **cell.get("world", {}))
-    recipe = dataclasses.replace(
-        recipe, world=world, stages=stages_of(recipe, cell), name=cell.get("stages", recipe.name)
-    )
+    return dataclasses.replace(recipe, world=world), work / f"seed-{seed}" / f"{world.scenes}-{world.noise}"
+
+
+def draw(cell: Cell, seed: int, work: Path) -> None:
+    """Draw a cell's world."""
+    from llavakd.pipeline import draw_world
+
+    draw_world(*base_of(cell, seed, work))
+
+
+def recipe_of(cell: Cell, seed: int, work: Path, *, epochs: float | None = None) -> tuple[Any, Path]:
+    """The whole recipe of a cell, and the folder of its world."""
+    from llavakd.config import resolve_paths
+
+    recipe, place = base_of(cell, seed, work)
+    recipe = dataclasses.replace(recipe, stages=stages_of(recipe, cell), name=cell.get("stages", recipe.name))
     if epochs:
         recipe = dataclasses.replace(recipe, stages=tuple(dataclasses.replace(s, epochs=epochs) for s in recipe.stages))
     if name := cell.get("teacher"):
@@ -102,14 +121,17 @@ def recipe_of(cell: Cell, seed: int, work: Path, *, epochs: float | None = None)
             recipe, teacher=dataclasses.replace(recipe.teacher, path=str(work / "teachers" / name))
         )
     if size := cell.get("student"):
-        model = str(work / "students" / size.replace(" ", "") / "text" / "model")
+        model = str(made_student(size, work))
         recipe = dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, language_model=model))
-    place = work / f"seed-{seed}" / f"{world.scenes}-{world.noise}"
-    draw_world(recipe, place)
     if cell.get("stored"):
         teacher = dataclasses.replace(recipe.teacher, cache=str(place / "taught"))
         recipe = dataclasses.replace(recipe, teacher=teacher, cache_features=False)
     return dataclasses.replace(resolve_paths(recipe, place), world=None), place
+
+
+def kept_of(recipe: Any, place: Path) -> list[Path]:
+    """Where the stages of a recipe are kept for other runs of its world."""
+    return [place / "stages" / _key(recipe, number) for number in range(1, len(recipe.stages) + 1)]
 
 
 def run_cell(cell: Cell, seed: int, work: Path, out: Path, *, epochs: float | None = None) -> dict[str, Any]:
@@ -121,7 +143,7 @@ def run_cell(cell: Cell, seed: int, work: Path, out: Path, *, epochs: float | No
     out.mkdir(parents=True)
     (place / "features").mkdir(exist_ok=True)
     (out / "features").symlink_to((place / "features").resolve())
-    kept = [place / "stages" / _key(recipe, number) for number in range(1, len(recipe.stages) + 1)]
+    kept = kept_of(recipe, place)
     known = max((number for number, folder in enumerate(kept, start=1) if folder.is_dir()), default=0)
     entries = []
     for stage, folder in zip(recipe.stages[:known], kept, strict=False):
@@ -169,12 +191,13 @@ def _segments(recipe: Any, out: Path) -> dict[str, Any]:
 
 
 def make_teacher(name: str, work: Path) -> None:
-    """A plain student as teacher; what it scores stands beside it."""
+    """A plain student as teacher; what it scores stands beside it, once it is whole."""
     scenes, noise, epochs = TEACHERS[name]
     cell = {"stages": "pt-sft-sft", "world": {"scenes": scenes, "noise": noise}}
     run, target = work / "making" / name, work / "teachers" / name
+    draw(cell, WORLD_OF_TEACHERS, work)
     row = run_cell(cell, WORLD_OF_TEACHERS, work, run, epochs=epochs)
-    shutil.copytree(run / "sft2" / "model", target)
+    shutil.copytree(run / "sft2" / "model", target, dirs_exist_ok=True)
     (target / "made.json").write_text(json.dumps({"accuracy": row["accuracy"], "cell": cell}), encoding="utf-8")
 
 
@@ -182,6 +205,8 @@ def make_student(size: str, work: Path) -> None:
     """A language model of another size, taught on scenes told in words as the shipped one was."""
     from llavakd.config import load_recipe
     from llavakd.pipeline import run_pipeline
+    from llavakd.shapes import write_world
+    from llavakd.train.checkpoint import write_folder
 
     layers, width = map(int, size.split(" x "))
     parts = work / "making" / size.replace(" ", "")
@@ -191,38 +216,41 @@ def make_student(size: str, work: Path) -> None:
     config |= {"layer_types": config.get("layer_types", [None])[:1] * layers, "max_window_layers": layers}
     (parts / "config.json").write_text(json.dumps(config), encoding="utf-8")
     changes = [f"student.language_model={parts}", f"world.seed={WORLD_OF_TEXT}", "trackers=[]", "save_every=100000"]
-    run_pipeline(
-        load_recipe(ROOT / "recipes/shapes/text-student.yaml", changes), work / "students" / size.replace(" ", "")
-    )
+    recipe, out = load_recipe(ROOT / "recipes/shapes/text-student.yaml", changes), made_student(size, work).parents[1]
+    if recipe.world and not (out / "world").is_dir():
+        write_folder(out / "world", partial(write_world, world=recipe.world, workers=4), flush=False)
+    run_pipeline(recipe, out)
 
 
-def make(teacher: str | None, student: str | None, work: Path) -> None:
-    """What a cell needs beside its world, unless it is there."""
-    if teacher and not (work / "teachers" / teacher / "made.json").is_file():
-        make_teacher(teacher, work)
-    if student and not (work / "students" / student.replace(" ", "") / "text" / "model").is_dir():
-        make_student(student, work)
+def made_teacher(name: str, work: Path) -> Path:
+    """The file that says what a teacher scores."""
+    return work / "teachers" / name / "made.json"
+
+
+def made_student(size: str, work: Path) -> Path:
+    """The folder of a language model of another size."""
+    return work / "students" / size.replace(" ", "") / "text" / "model"
 
 
 def line_of(part: str, name: str, seed: int, work: Path, told: dict[str, Any]) -> dict[str, Any]:
     """Run one cell with one seed: the line that is kept of it."""
-    cell, start = PARTS[part][name], time.perf_counter()
+    cell, start = CELLS[part][name], time.perf_counter()
     row = run_cell(cell, seed, work, work / f"seed-{seed}" / "runs" / f"{part}-{name}".replace(" ", "_"))
     keys = ("accuracy", "n", "majority", "by_type", "majority_by_type", "segments", "steps", "tokens", "parameters")
     line = {"part": part, "cell": name, "seed": seed, **{key: row[key] for key in keys}}
     if teacher := cell.get("teacher"):
-        line["teacher"] = json.loads((work / "teachers" / teacher / "made.json").read_text(encoding="utf-8"))[
-            "accuracy"
-        ]
+        line["teacher"] = json.loads(made_teacher(teacher, work).read_text(encoding="utf-8"))["accuracy"]
     return line | {"train_seconds": row["train_seconds"], "seconds": time.perf_counter() - start, **told}
 
 
 def quiet(threads: int) -> None:
-    """Of a worker: so many threads and no report of how it goes."""
+    """Of a worker: so many threads, the same result each time on a GPU too, and no report of how it goes."""
     import torch
 
     torch.set_num_threads(threads)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
@@ -246,43 +274,58 @@ def known_lines(folder: Path) -> set[tuple[str, str, int]]:
     return {(line["part"], line["cell"], line["seed"]) for line in lines}
 
 
+def tasks_of(jobs: list[tuple[str, str, int]], work: Path, told: dict[str, Any]) -> list[Task]:
+    """Cells with their seeds, behind the worlds, teachers and language models that they need."""
+    needed: dict[Path, Task] = {}
+    cells = []
+    for part, name, seed in jobs:
+        cell = CELLS[part][name]
+        recipe, place = recipe_of(cell, seed, work)
+        needs = {place / "world": (draw, cell, seed)}
+        if teacher := cell.get("teacher"):
+            needs[made_teacher(teacher, work)] = (make_teacher, teacher)
+        if size := cell.get("student"):
+            needs[made_student(size, work)] = (make_student, size)
+        for path, (call, *what) in needs.items():
+            made = Task(name=str(path.relative_to(work)), call=call, arguments=(*what, work), makes=(path,))
+            needed |= {} if path.exists() else {path: made}
+        which = {"name": f"{part}/{name} {seed}", "arguments": (part, name, seed, work, told)}
+        cells.append(Task(**which, call=line_of, needs=tuple(needs), makes=tuple(kept_of(recipe, place))))
+    first = sorted(needed.values(), key=lambda task: task.call is draw)  # what takes long
+    return [*first, *cells]
+
+
 def main() -> None:
-    """Run what is missing, some at a time; a line is written as soon as it is known."""
+    """Run what is missing, some at a time; a line is written as soon as it is known. Exit code 1 where one is not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="worlds, stages and runs")
     parser.add_argument("--out", type=Path, required=True, help="folder of PART.jsonl")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=CELLS, default=list(PARTS))
     parser.add_argument("--cell", help="PART/CELL: this one only, whether it is known or not")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after these no run is begun")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     done = set() if options.cell else known_lines(options.out)
-    places = [(part, name) for part in options.parts for name in PARTS[part]]
+    places = [(part, name) for part in options.parts for name in CELLS[part]]
     places = [tuple(options.cell.split("/"))] if options.cell else places
     jobs = [(part, name, seed) for part, name in places for seed in options.seeds if (part, name, seed) not in done]
-    told = environment(options.jobs)
+
+    def keep(line: dict[str, Any] | None) -> None:
+        if not line:  # of what a run needs
+            return
+        with (options.out / f"{line['part']}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        said = f"{line['part']}/{line['cell']} {line['seed']}: {line['accuracy']:.1%}, {line['seconds']:.0f} s"
+        print(said, flush=True)
+
+    tasks = tasks_of(jobs, options.work, environment(options.jobs))
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), quiet, (threads,)) as pool:
-        work, cells = options.work, [PARTS[part][name] for part, name, _ in jobs]
-        needed = dict.fromkeys((cell.get("teacher"), cell.get("student")) for cell in cells)
-        for future in [pool.submit(make, *need, work) for need in needed]:
-            future.result()
-
-        def keep(future: Future[dict[str, Any]]) -> None:
-            line = future.result()
-            with (options.out / f"{line['part']}.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            print(
-                f"{line['part']}/{line['cell']} {line['seed']}: {line['accuracy']:.1%}, {line['seconds']:.0f} s",
-                flush=True,
-            )
-
-        waiting = [pool.submit(line_of, *job, work, told) for job in jobs]
-        for future in waiting:
-            future.add_done_callback(keep)
-        for future in waiting:
-            future.result()
+        failed = run(tasks, pool, slots=options.jobs, keep=keep, minutes=options.minutes)
+    if failed:
+        raise SystemExit("\n".join([f"{len(failed)} not run:", *failed]))
 
 
 if __name__ == "__main__":

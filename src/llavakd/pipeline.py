@@ -279,7 +279,7 @@ def _feature_store(run: Run, source: str, state: TrainState) -> dict[str, torch.
                 held |= zip(some, found.cpu().contiguous(), strict=True)
                 advance(len(held))
         path.parent.mkdir(exist_ok=True)
-        save_file(held, partial := path.with_suffix(".partial"))
+        save_file(held, partial := path.with_suffix(f".partial-{os.getpid()}"))
         partial.replace(path)
     return load_file(path)  # memory-mapped
 
