@@ -28,7 +28,8 @@ from typing import Any
 from side_by_side import Task, run
 
 ROOT = Path(__file__).parents[1]
-SEEDS = (11, 12, 13, 14, 15)
+SEEDS = (31, 32, 33, 34, 35)
+MORE_SEEDS = {"recipes/pt-sft-sft": (36, 37), "recipes/dpt-sft-dft": (36, 37)}
 FULL = {"ce": 1.0, "response_kl": 1.0, "visual_kl": 1.0, "relation": 0.5}
 WORLD_OF_TEACHERS, WORLD_OF_TEXT = 901, 902  # seeds that no run has
 # What differs from the study's recipe: stages, the losses of those that distil, keys of `world`, teacher, student; of a
@@ -65,16 +66,20 @@ PARTS: dict[str, dict[str, Cell]] = {
         "response + visual, 16 ids at a quarter of a picture": _with(response_kl=1.0, visual_kl=1.0)
         | {"stored": {"top_k": 16, "visual_share": 0.25}}
     },
-    "answers": _pairs(**{f"{noise:.0%} wrong": {"world": {"noise": noise}} for noise in (0.0, 0.15)}),
     "teachers": {name: {"teacher": name} for name in ("middling", "weak")},
     "divergences": {kind: {"losses": FULL | {"divergence": kind}} for kind in ("reverse_kl", "jsd")},
-    "weights": {"full, cross-entropy at 0.1": {"losses": FULL | {"ce": 0.1}}},
-    "data": _pairs(**{f"{scenes:,} scenes": {"world": {"scenes": scenes}} for scenes in (3000,)}),
-    "students": _pairs(**{size: {"student": size} for size in ("3 x 96", "6 x 192")}),
+    "data": _pairs(**{"3,000 scenes": {"world": {"scenes": 3000}}}),
+    "answers": _pairs(**{"0% wrong": {"world": {"noise": 0.0}}}),
+    "students": _pairs(**{size: {"student": size} for size in ("5 x 160", "4 x 96")}),
 }
-# Beside the study, with other seeds: how much training takes the control past its plateau.
-BUDGETS = _pairs(**{f"{scenes:,} scenes": {"world": {"scenes": scenes}} for scenes in (3000, 6000, 9000)})
-CELLS = PARTS | {"budget": BUDGETS}
+# Beside the study and with other seeds, to choose by: data, and the weight of the cross-entropy.
+TRIALS = {
+    "budget": _pairs(**{f"{scenes:,} scenes": {"world": {"scenes": scenes}} for scenes in (3000, 6000, 9000)}),
+    "weights": {"full, cross-entropy at 0.1": {"losses": FULL | {"ce": 0.1}}},
+}
+CELLS = PARTS | TRIALS
+# Language models of other sizes that are there: layers x width.
+SHIPPED = {"5 x 160": "package:shapes/teacher-lm"}
 # Teachers besides the shipped one: a plain student on so many scenes with so many wrong answers, for so many epochs a stage.
 TEACHERS = {"middling": (3000, 0.0, 2), "weak": (2000, 0.3, 2)}
 
@@ -121,7 +126,7 @@ def recipe_of(cell: Cell, seed: int, work: Path, *, epochs: float | None = None)
             recipe, teacher=dataclasses.replace(recipe.teacher, path=str(work / "teachers" / name))
         )
     if size := cell.get("student"):
-        model = str(made_student(size, work))
+        model = SHIPPED.get(size) or str(made_student(size, work))
         recipe = dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, language_model=model))
     if cell.get("stored"):
         teacher = dataclasses.replace(recipe.teacher, cache=str(place / "taught"))
@@ -240,6 +245,9 @@ def line_of(part: str, name: str, seed: int, work: Path, told: dict[str, Any]) -
     line = {"part": part, "cell": name, "seed": seed, **{key: row[key] for key in keys}}
     if teacher := cell.get("teacher"):
         line["teacher"] = json.loads(made_teacher(teacher, work).read_text(encoding="utf-8"))["accuracy"]
+    if (size := cell.get("student")) and size not in SHIPPED:
+        text = made_student(size, work).with_name("metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+        line["text_loss"] = json.loads(text)["loss"]
     return line | {"train_seconds": row["train_seconds"], "seconds": time.perf_counter() - start, **told}
 
 
@@ -284,7 +292,7 @@ def tasks_of(jobs: list[tuple[str, str, int]], work: Path, told: dict[str, Any])
         needs = {place / "world": (draw, cell, seed)}
         if teacher := cell.get("teacher"):
             needs[made_teacher(teacher, work)] = (make_teacher, teacher)
-        if size := cell.get("student"):
+        if (size := cell.get("student")) and size not in SHIPPED:
             needs[made_student(size, work)] = (make_student, size)
         for path, (call, *what) in needs.items():
             made = Task(name=str(path.relative_to(work)), call=call, arguments=(*what, work), makes=(path,))
@@ -302,7 +310,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of PART.jsonl")
     parser.add_argument("--parts", nargs="+", choices=CELLS, default=list(PARTS))
     parser.add_argument("--cell", help="PART/CELL: this one only, whether it is known or not")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the study's")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after these no run is begun")
     options = parser.parse_args()
@@ -310,7 +318,8 @@ def main() -> None:
     done = set() if options.cell else known_lines(options.out)
     places = [(part, name) for part in options.parts for name in CELLS[part]]
     places = [tuple(options.cell.split("/"))] if options.cell else places
-    jobs = [(part, name, seed) for part, name in places for seed in options.seeds if (part, name, seed) not in done]
+    wanted = {place: options.seeds or (*SEEDS, *MORE_SEEDS.get("/".join(place), ())) for place in places}
+    jobs = [(*place, seed) for place, seeds in wanted.items() for seed in seeds if (*place, seed) not in done]
 
     def keep(line: dict[str, Any] | None) -> None:
         if not line:  # of what a run needs

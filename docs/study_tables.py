@@ -1,4 +1,4 @@
-"""Tables and picture of docs/study.md from the lines of benchmarks/results/study.
+"""Tables and picture of docs/study.md from the lines of benchmarks/results/study, and of those beside it.
 
 python docs/study_tables.py     # draws docs/study.png; the tables are filled in by make_tables.py
 """
@@ -16,7 +16,9 @@ from typing import Any
 from llavakd.report.compare import Estimate, over_seeds
 
 DOCS = Path(__file__).parent
-LINES = DOCS.parent / "benchmarks" / "results" / "study"
+LINES = DOCS.parent / "benchmarks" / "results"
+EARLIER, TRIAL = "3,000 scenes: ", "trial: "
+FOLDERS = {"study": "", "study_3000": EARLIER, "study_validation": TRIAL}
 TEACHER = 1.0  # accuracy of the shipped teacher: benchmarks/results/quickstart.json
 CONTROL, MAIN = "recipes/pt-sft-sft", "recipes/dpt-sft-dft"
 STORED = "stored/response + visual, 16 ids at a quarter of a picture"
@@ -28,11 +30,12 @@ Line = dict[str, Any]
 
 @cache
 def cells() -> dict[str, dict[int, Line]]:
-    """PART/CELL -> seed -> line, in the order in which they ran."""
+    """PART/CELL -> seed -> line, in the order in which they ran; those that are not the study's under FOLDERS' prefix."""
     found: dict[str, dict[int, Line]] = defaultdict(dict)
-    for file in sorted(LINES.glob("*.jsonl")):
-        for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
-            found[f"{line['part']}/{line['cell']}"][line["seed"]] = line
+    for folder, prefix in FOLDERS.items():
+        for file in sorted((LINES / folder).glob("*.jsonl")):
+            for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+                found[f"{prefix}{line['part']}/{line['cell']}"][line["seed"]] = line
     return found
 
 
@@ -68,17 +71,23 @@ def told(cell: str, other: str) -> tuple[str, str]:
     return f"{gap.value:+.1f} ± {gap.half_width:.1f}", "< 0.001" if gap.p < 0.001 else f"{gap.p:.3f}"
 
 
-def recipes() -> str:
+def closed(cell: str, control: str) -> str:
+    """The share of the control's distance to the teacher that a cell has covered, a mean over the seeds of both."""
+    one, two = shares(cell), shares(control)
+    found = [(one[seed] - two[seed]) / (TEACHER - two[seed]) for seed in one.keys() & two.keys()]
+    return "" if cell == control else f"{100 * fmean(found):.0f} %"
+
+
+def recipes(prefix: str = "") -> str:
     """Every recipe beside the control of as many stages."""
     rows = []
-    for cell in ordered("recipes"):
+    for cell in ordered(f"{prefix}recipes"):
         name = cell.partition("/")[2]
-        control = CONTROL if name.count("-") == 2 else "recipes/pt-sft"
-        one, two = shares(cell), shares(control)
-        closed = [(one[seed] - two[seed]) / (TEACHER - two[seed]) for seed in one.keys() & two.keys()]
-        steps = next(iter(cells()[cell].values()))["steps"]
-        gap = "" if cell == control else f"{100 * fmean(closed):.0f} %"
-        rows.append((f"`{name}`", str(len(one)), str(steps), mean(one.values()), *told(cell, control), gap))
+        control = prefix + (CONTROL if name.count("-") == 2 else "recipes/pt-sft")
+        lines = cells()[cell].values()
+        steps = f"{fmean(line['steps'] for line in lines):.0f}"
+        right = mean(line["accuracy"] for line in lines)
+        rows.append((f"`{name}`", str(len(lines)), steps, right, *told(cell, control), closed(cell, control)))
     return table(
         ["recipe", "seeds", "steps", "right, %", "to the control of as many steps", "p", "gap to the teacher closed"],
         rows,
@@ -88,7 +97,7 @@ def recipes() -> str:
 def ordered(part: str) -> list[str]:
     """The cells of a part that have at least two seeds; recipes of three stages first, the control at their head."""
     found = [cell for cell, lines in cells().items() if cell.startswith(f"{part}/") and len(lines) > 1]
-    return sorted(found, key=lambda cell: (-cell.count("-"), "d" in cell)) if part == "recipes" else found
+    return sorted(found, key=lambda cell: (-cell.count("-"), "d" in cell)) if part.endswith("recipes") else found
 
 
 def kinds() -> str:
@@ -191,16 +200,28 @@ def beside_the_paper() -> str:
     return table(["recipe", "paper: ten benchmarks, points over `pt-sft`", "here: points over `pt-sft`", "p"], rows)
 
 
-def pairs(part: str, header: str) -> str:
-    """Control and distilled side by side, setting by setting; the main pair last."""
-    settings = list(dict.fromkeys(cell.partition("/")[2].rpartition(", ")[0] for cell in ordered(part)))
+def pairs(part: str, header: str, main: str = "") -> str:
+    """Control and distilled side by side, setting by setting; the study's own, called `main`, last."""
+    settings = dict.fromkeys(cell.partition("/")[2].rpartition(", ")[0] for cell in ordered(part))
     found = {setting: (f"{part}/{setting}, distilled", f"{part}/{setting}, control") for setting in settings}
-    found["30% wrong" if part == "answers" else "3,000 scenes"] = (MAIN, CONTROL)
+    found |= {main: (MAIN, CONTROL)} if main else {}
     rows = [
-        (setting, mean(shares(two).values()), mean(shares(one).values()), *told(one, two))
+        (setting, mean(shares(two).values()), mean(shares(one).values()), *told(one, two), closed(one, two))
         for setting, (one, two) in found.items()
     ]
-    return table([header, "`pt-sft-sft`, %", "`dpt-sft-dft`, %", "difference", "p"], rows)
+    return table([header, "`pt-sft-sft`, %", "`dpt-sft-dft`, %", "difference", "p", "gap closed"], rows)
+
+
+def trials() -> str:
+    """Each seed of the runs by which the amount of data was chosen."""
+    rows = []
+    for cell in ordered(f"{TRIAL}budget"):
+        setting, _, kind = cell.partition("/")[2].rpartition(", ")
+        if kind == "distilled":
+            control = cell.replace("distilled", "control")
+            each = [", ".join(f"{100 * value:.1f}" for value in shares(one).values()) for one in (control, cell)]
+            rows.append((setting, *each, closed(cell, control)))
+    return table(["scenes", "`pt-sft-sft`, %", "`dpt-sft-dft`, %", "gap closed"], rows)
 
 
 def teachers() -> str:
@@ -232,7 +253,7 @@ def headline() -> str:
 
 def setting() -> str:
     """Where, with what, and how many lines."""
-    lines = [line for found in cells().values() for line in found.values()]
+    lines = [line for cell, found in cells().items() if ": " not in cell for line in found.values()]
     one = lines[0]
     versions = ", ".join(f"{key} {one[key]}" for key in ("torch", "transformers", "accelerate"))
     commits = ", ".join(sorted({line["commit"] for line in lines}))
@@ -250,8 +271,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "study terms": terms,
     "study segments": segments,
     "study paper": beside_the_paper,
-    "study answers": lambda: pairs("answers", "training answers"),
-    "study data": lambda: pairs("data", "scenes"),
+    "study answers": lambda: pairs("answers", "training answers", "30% wrong"),
+    "study data": lambda: pairs("data", "scenes", "6,000 scenes"),
+    "study students": lambda: pairs("students", "the student's language model", "4 x 128"),
+    "study trials": trials,
+    "study earlier": lambda: recipes(EARLIER),
+    "study earlier answers": lambda: pairs(f"{EARLIER}answers", "training answers"),
+    "study earlier data": lambda: pairs(f"{EARLIER}data", "scenes"),
     "study teachers": teachers,
     "headline": headline,
 }
