@@ -62,15 +62,15 @@ PARTS: dict[str, dict[str, Cell]] = {
         "full, relation centred": _with(response_kl=1.0, visual_kl=1.0, relation=0.5, relation_center=True),
         "full, weights 1, 1, 1": _with(response_kl=1.0, visual_kl=1.0, relation=1.0),
     },
+    "teachers": {name: {"teacher": name} for name in ("middling", "weak")},
+    "divergences": {kind: {"losses": FULL | {"divergence": kind}} for kind in ("reverse_kl", "jsd")},
+    "data": _pairs(**{"3,000 scenes": {"world": {"scenes": 3000}}}),
+    "students": _pairs(**{size: {"student": size} for size in ("5 x 160", "4 x 96")}),
+    "answers": _pairs(**{"0% wrong": {"world": {"noise": 0.0}}}),
     "stored": {
         "response + visual, 16 ids at a quarter of a picture": _with(response_kl=1.0, visual_kl=1.0)
         | {"stored": {"top_k": 16, "visual_share": 0.25}}
     },
-    "teachers": {name: {"teacher": name} for name in ("middling", "weak")},
-    "divergences": {kind: {"losses": FULL | {"divergence": kind}} for kind in ("reverse_kl", "jsd")},
-    "data": _pairs(**{"3,000 scenes": {"world": {"scenes": 3000}}}),
-    "answers": _pairs(**{"0% wrong": {"world": {"noise": 0.0}}}),
-    "students": _pairs(**{size: {"student": size} for size in ("5 x 160", "4 x 96")}),
 }
 # Beside the study and with other seeds, to choose by: data, and the weight of the cross-entropy.
 TRIALS = {
