@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llavakd.losses.divergence import DIVERGENCES, resolve
@@ -199,37 +200,22 @@ def score_torch(
 ) -> tuple[Tensor, Tensor]:
     """The portable scorer: CE [n] and divergence [n]; the gradient to the `raw` logits is written to `out` [n, V]."""
     divergence, beta, temperature, forms = how
-    logits, slope = form_logits(raw, forms[0])
-    ce, grad = cross_entropy_with_gradient(logits, labels, ce_weight)
-    kl = torch.zeros_like(ce)
-    if taught is not None:
-        student = torch.log_softmax(logits / temperature, dim=-1)
-        teacher = torch.log_softmax(form_logits(taught, forms[1])[0] / temperature, dim=-1)
-        kind = DIVERGENCES[divergence]
-        terms, slopes = kind.terms(student, teacher, beta)
-        kl = terms.sum(-1).where(kl_weight != 0, 0)
-        total = slopes.sum(-1, keepdim=True) if kind.total is None else kind.total
-        grad += (slopes - student.exp() * total) * (kl_weight / temperature)[:, None]
-    out.copy_(grad if slope is None else grad * slope)
-    return ce, kl
+    raw = raw.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = form_logits(raw, forms[0])
+        ce = F.cross_entropy(logits, labels.where(ce_weight != 0, IGNORE_INDEX), reduction="none")
+        kl = 0 * ce
+        if taught is not None:
+            sides = logits, form_logits(taught, forms[1])
+            student, teacher = (torch.log_softmax(side / temperature, dim=-1) for side in sides)
+            kl = DIVERGENCES[divergence](student, teacher, beta).sum(-1).where(kl_weight != 0, 0)
+        out.copy_(torch.autograd.grad((ce, kl), raw, (ce_weight, kl_weight))[0])
+    return ce.detach(), kl.detach()
 
 
-def cross_entropy_with_gradient(logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """CE [n], zero where it does not count, and the gradient of its weighted sum to `logits` [n, V]."""
-    counts = (labels != IGNORE_INDEX) & (weight != 0)
-    target = labels.where(counts, 0)[:, None]
-    logp = torch.log_softmax(logits, dim=-1)
-    ce = -logp.gather(1, target).squeeze(1).where(counts, 0)
-    weight = weight.where(counts, 0)[:, None]
-    return ce, (logp.exp() * weight).scatter_add(1, target, -weight)
-
-
-def form_logits(raw: Tensor, form: LogitForm) -> tuple[Tensor, Tensor | float | None]:
-    """The family's logits and their derivative to the raw ones (None: 1)."""
-    if not form.cap:
-        return (raw, None) if form.scale == 1 else (raw * form.scale, form.scale)
-    bent = torch.tanh(raw * (form.scale / form.cap))
-    return bent * form.cap, form.scale * (1 - bent.square())
+def form_logits(raw: Tensor, form: LogitForm) -> Tensor:
+    """The family's logits."""
+    return torch.tanh(raw * (form.scale / form.cap)) * form.cap if form.cap else raw * form.scale
 
 
 def rows_at_once(vocab_size: int, gradient_bytes: int, device: str) -> int:
