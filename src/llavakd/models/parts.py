@@ -33,18 +33,14 @@ class ModelError(UserError):
 def load(kind: Any, source: str, *, key: str = "", **options: Any) -> Any:
     """`kind.from_pretrained`, its failures as ModelError that names the recipe's `key`, if one is given."""
     where = f"{key}: " if key else ""
-    check_place(source, where)
+    if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        # Neither a folder nor "owner/name", and a hub would only answer that this is no name.
+        raise ModelError(f"{where}there is no folder {source!r}; give a local folder or a hub name")
     try:
         return kind.from_pretrained(source, **options)
     except (OSError, ValueError, SafetensorError) as error:
         reason = f"cannot load {source!r} as {kind.__name__}: {str(error).strip().splitlines()[0]}"
         raise ModelError(f"{where}{reason}; give a local folder or a hub name") from error
-
-
-def check_place(source: str, where: str = "") -> None:
-    """Refuse what is neither a folder nor "owner/name": a hub would only answer that this is no name."""
-    if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise ModelError(f"{where}there is no folder {source!r}; give a local folder or a hub name")
 
 
 def load_image_processor(source: str, *, mode: str = "square") -> Any:

@@ -22,8 +22,6 @@ from llavakd.models import parts
 from llavakd.models.parts import FAMILIES, PROJECTORS, ModelError
 from llavakd.transfer import sent
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 @dataclass(frozen=True, kw_only=True)
 class VisionLanguageModel:
@@ -149,10 +147,10 @@ def load_student(folder: str, *, dtype: torch.dtype | str = torch.float32) -> Vi
     return dataclasses.replace(whole, model=parts.load(type(whole.model), folder, dtype=dtype))
 
 
-def load_teacher(config: TeacherConfig) -> VisionLanguageModel:
+def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu") -> VisionLanguageModel:
     """Load a LLaVA folder frozen and in eval mode, never to be trained or saved; raises ModelError."""
-    teacher = load_student(config.path, dtype=DTYPES[config.dtype])
-    teacher.model.requires_grad_(False).eval()
+    teacher = load_student(config.path, dtype=config.dtype)
+    teacher.model.requires_grad_(False).eval().to(device)
     return teacher
 
 
