@@ -66,9 +66,8 @@ def run_pipeline(recipe: Recipe, out: Path, *, cache: dict[str, Any] | None = No
     claim_folder(recipe, out)
     accelerator = _make_accelerator(recipe, out)
     if cache and accelerator.num_processes > 1:
-        raise UserError(
-            f"a cache is written by one process, got {accelerator.num_processes}; start it without torchrun"
-        )
+        told = f"a cache is written by one process, got {accelerator.num_processes}"
+        raise UserError(f"{told}; start it without torchrun")
     with accelerator.main_process_first():
         draw_world(recipe, out)
     recipe, ledger = resolve_paths(recipe, out), out / "pipeline.json"

@@ -165,11 +165,10 @@ def outline_folder(folder: str) -> VisionLanguageModel:
 
 def template_of(folder: str) -> Any:
     """The name of the template that a LLaVA folder's chat template lays out; raises ModelError where it is none."""
-    held = parts.load(transformers.AutoProcessor, folder).chat_template
-    for name, template in TEMPLATES.items():
-        if held and template.jinja == held:
-            return name
-    raise ModelError(f"{folder}: its chat template is none of {', '.join(TEMPLATES)}; say which to use: --template")
+    known = {template.jinja: name for name, template in TEMPLATES.items() if template.jinja}
+    if (held := parts.load(transformers.AutoProcessor, folder).chat_template) not in known:
+        raise ModelError(f"{folder}: its chat template is none of {', '.join(TEMPLATES)}; say which to use: --template")
+    return known[held]
 
 
 def save_model(student: VisionLanguageModel, folder: Path, *, template: str | None) -> None:
