@@ -4,7 +4,6 @@ Gradients are made in the forward pass, chunk by chunk; backward only scales the
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -127,20 +126,24 @@ class Sweep(NamedTuple):
             raise ValueError(f"label {int(labels[wrong][0])} lies outside the {vocab_size} ids that count; use -100")
         device = hidden.device
         live = sent(live.nonzero_static(size=count).squeeze(1), device)
-        run = partial(self._replace(given=[_at(sent(rows, device), live) for rows in self.given]).run, live)
-        return RowLosses(*_ScoreRows.apply(hidden, head, sent(ce_weight, device), sent(kl_weight, device), run))
+        used = [sent(rows, device) for rows in (hidden, ce_weight, kl_weight, *self.given)]
+        if count < len(labels):  # else there is no need of copies
+            used = [rows.index_select(0, live) for rows in used]
+        run = self._replace(given=used[3:]).run
+        ce, kl, *rows = _ScoreRows.apply(used[0], head, *used[1:3], run)
+        return RowLosses(ce, kl, *(each.new_zeros(len(labels)).index_copy_(0, live, each) for each in rows))
 
     def run(
-        self, live: Tensor, hidden: Tensor, head: Tensor, ce_weight: Tensor, kl_weight: Tensor, wanted: Sequence[bool]
+        self, hidden: Tensor, head: Tensor, ce_weight: Tensor, kl_weight: Tensor, wanted: Sequence[bool]
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """(CE [N], divergence [N], gradients to hidden and head or None); `given` must be cut to the `live` rows."""
+        """(CE [N], divergence [N], gradients to hidden and head or None)."""
         dtype, exact, narrow = operand_dtype(hidden), exact_dtype(hidden), gradient_dtype(hidden)
         default = rows_at_once(self.vocab_size, narrow.itemsize, head.device.type)
         chunk_rows = default if self.chunk_rows is None else self.chunk_rows
-        total, count, together = len(hidden), len(live), GRADIENT_CHUNKS * chunk_rows
+        count, together = len(hidden), GRADIENT_CHUNKS * chunk_rows
+        weights = ce_weight.to(exact), kl_weight.to(exact)
         weight = head[: self.vocab_size].to(dtype)
         weight_again = weight.to(narrow)
-        hidden, *weights = (_at(rows, live) for rows in (hidden, ce_weight.to(exact), kl_weight.to(exact)))
         ce_rows, kl_rows = hidden.new_zeros(2, count, dtype=exact)
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
         grad_head = torch.empty(head.shape, dtype=exact, device=head.device) if wanted[1] else None
@@ -156,23 +159,14 @@ class Sweep(NamedTuple):
                 grad_hidden[block] = product(grad, weight_again)
             if grad_head is not None:
                 accumulate(grad_head[: self.vocab_size], grad.T, hidden[block].to(narrow), onto=first > 0)
-
-        def spread(values: Tensor) -> Tensor:
-            return values if count == total else values.new_zeros(total, *values.shape[1:]).index_copy_(0, live, values)
-
-        return spread(ce_rows), spread(kl_rows), None if grad_hidden is None else spread(grad_hidden), grad_head
-
-
-def _at(values: Tensor, rows: Tensor) -> Tensor:
-    """values[rows] of ascending row numbers; without a copy where it is all of them."""
-    return values if len(values) == len(rows) else values[rows]
+        return ce_rows, kl_rows, grad_hidden, grad_head
 
 
 class _ScoreRows(torch.autograd.Function):
     """Keeps the gradient of ce + kl; where the two are weighed apart afterwards, a second pass makes it anew."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, ce_weight: Tensor, kl_weight: Tensor, run: partial[Any]) -> Any:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, ce_weight: Tensor, kl_weight: Tensor, run: Any) -> Any:
         ctx.run = run
         ctx.save_for_backward(hidden, head, ce_weight, kl_weight)
         ce_rows, kl_rows, *ctx.grads = run(hidden, head, ce_weight, kl_weight, ctx.needs_input_grad)
