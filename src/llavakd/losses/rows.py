@@ -18,7 +18,8 @@ IGNORE_INDEX = -100
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 19 * 2**26}  # logits of one chunk, both models, and the gradients kept of some
 GRADIENT_CHUNKS = 4  # whose gradients go into one product: each adds to the whole head's gradient
 _TILE = 256  # rows of a product's tile on a Hopper GPU
-# Of a chunk: (student logits, where their gradient goes, ce_weight, kl_weight, labels, *given) -> (CE, divergence)
+# Of a chunk: (student logits, where their gradient goes, ce_weight, kl_weight, labels, *given) -> (CE, divergence), each
+# zero in a row without its weight, which may hold anything.
 Score = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -171,10 +172,7 @@ class _ScoreRows(torch.autograd.Function):
         ctx.save_for_backward(hidden, head, ce_weight, kl_weight)
         ce_rows, kl_rows, *ctx.grads = run(hidden, head, ce_weight, kl_weight, ctx.needs_input_grad)
         ctx.mark_non_differentiable(ce_rows, kl_rows)
-        # A row of no weight may hold anything: zero, not 0 * inf.
-        ce = (ce_rows * ce_weight).where(ce_weight != 0, 0).sum()
-        kl = (kl_rows * kl_weight).where(kl_weight != 0, 0).sum()
-        return ce, kl, ce_rows, kl_rows
+        return (ce_rows * ce_weight).sum(), (kl_rows * kl_weight).sum(), ce_rows, kl_rows
 
     @staticmethod
     def backward(ctx: Any, grad_ce: Tensor, grad_kl: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
