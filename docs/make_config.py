@@ -169,7 +169,7 @@ def enumerations() -> Iterator[str]:
     yield f"for a part too: {_names(FAMILIES)}.\n"
     yield "\n## Divergences\n\nFormulas and gradients: [Losses](losses.md#the-five-divergences).\n\n"
     for name, kind in DIVERGENCES.items():
-        yield f"- `{name}`: {inspect.getdoc(kind.terms)}\n"
+        yield f"- `{name}`: {inspect.getdoc(kind)}\n"
     yield "\n## Metrics\n\n"
     for name, metric in METRICS.items():
         yield f"- `{name}`: {inspect.getdoc(metric)}\n"

@@ -322,12 +322,6 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             yield f"data.{name}.subset.group: {group!r} is no regular expression: {error}"
 
 
-def _cache_problems(losses: LossConfig, features: bool) -> Iterator[str]:
-    if features or losses.relation or (losses.divergence, losses.temperature) != ("forward_kl", 1):
-        told = "forward_kl at temperature 1, without relation, and no cache_features, for it finds rows by their pixels"
-        yield f"losses: a teacher.cache serves {told}; change them or remove it"
-
-
 def _stage_problems(stage: StageConfig, recipe: Recipe) -> Iterator[str]:
     losses, weights, micro = stage.losses, stage.losses.weights, stage.micro_batch_size
     if stage.lora_rank and "language_model" not in stage.train:
@@ -335,8 +329,11 @@ def _stage_problems(stage: StageConfig, recipe: Recipe) -> Iterator[str]:
     if stage.lora_base == "nf4" and not (stage.lora_rank and recipe.sharding == "none"):
         found = f"lora_rank {stage.lora_rank} and sharding {recipe.sharding}"
         yield f"lora_base: got nf4 with {found}; give a lora_rank and sharding: none, or lora_base: float32"
-    if losses.distils and recipe.teacher and recipe.teacher.cache:
-        yield from _cache_problems(losses, recipe.cache_features)
+    stored = losses.distils and recipe.teacher and recipe.teacher.cache
+    plain = (losses.divergence, losses.temperature, losses.relation) == ("forward_kl", 1, 0)
+    if stored and (recipe.cache_features or not plain):
+        told = "forward_kl at temperature 1, without relation, and no cache_features, for it finds rows by their pixels"
+        yield f"losses: a teacher.cache serves {told}; change them or remove it"
     if not any(weights.values()):
         yield f"losses: every weight is 0; give at least one of {', '.join(weights)} a weight"
     if losses.distils and not recipe.teacher:

@@ -66,9 +66,8 @@ def run_pipeline(recipe: Recipe, out: Path, *, cache: dict[str, Any] | None = No
     claim_folder(recipe, out)
     accelerator = _make_accelerator(recipe, out)
     if cache and accelerator.num_processes > 1:
-        raise UserError(
-            f"a cache is written by one process, got {accelerator.num_processes}; start it without torchrun"
-        )
+        told = f"a cache is written by one process, got {accelerator.num_processes}"
+        raise UserError(f"{told}; start it without torchrun")
     with accelerator.main_process_first():
         draw_world(recipe, out)
     recipe, ledger = resolve_paths(recipe, out), out / "pipeline.json"
@@ -97,8 +96,7 @@ def evaluate_folder(
     model: TeacherConfig, data: DataConfig, evaluation: EvaluationConfig, out: Path, *, limit: int | None = None
 ) -> dict[str, Any]:
     """Answer a question file with any LLaVA folder; writes predictions under OUT and returns the results row."""
-    loaded = load_teacher(model)
-    loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_teacher(model, "cuda" if torch.cuda.is_available() else "cpu")
     samples = load_samples(data, find_pictures=True)[:limit]
     return evaluate_model(loaded, samples, data, evaluation, out, name=Path(model.path).name)
 
@@ -224,7 +222,7 @@ def _quantize(run: Run, stage: StageConfig, teacher: VisionLanguageModel | None)
         return {}
     teacher.model.to(accelerator.device)
     quantize(teacher, config.quantize)  # before the other one comes: it may refuse, and makes room
-    (exact := load_teacher(config)).model.to(accelerator.device)
+    exact = load_teacher(config, accelerator.device)
     distilled = ("response", "visual") if stage.losses.visual_kl or stage.losses.relation else ("response",)
     for name in stage.sources:
         data, samples = run.recipe.data[name], run.samples[name]
@@ -306,9 +304,7 @@ def _evaluate(run: Run, evaluation: EvaluationConfig, name: str, *models: Teache
     kept = place / name / "scores.json"
     if kept.is_file() and (stored := json.loads(kept.read_text(encoding="utf-8")))["key"] == key:
         return stored["row"]
-    model, *others = map(load_teacher, models)
-    for loaded in (model, *others):
-        loaded.model.to(run.accelerator.device)
+    model, *others = (load_teacher(config, run.accelerator.device) for config in models)
     teacher, samples = next(iter(others), None), run.samples[evaluation.data]
     scores = evaluate_model(model, samples, data, evaluation, place, name=name, teacher=teacher)
     row = {"seed": run.recipe.seed, **scores}

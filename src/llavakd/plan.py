@@ -28,7 +28,7 @@ from llavakd.errors import UserError, nearest
 from llavakd.losses.rows import GRADIENT_CHUNKS, rows_at_once
 from llavakd.models.parts import FAMILIES, load
 from llavakd.models.quantized import QuantizedLinear, quantize
-from llavakd.models.student import DTYPES, VisionLanguageModel, final_hidden, outline, student_config, vision_features
+from llavakd.models.student import VisionLanguageModel, final_hidden, outline, student_config, vision_features
 from llavakd.templates import render
 from llavakd.train.loop import micro_batch_size, total_steps
 
@@ -186,7 +186,7 @@ class StageCost:
         taught = self.teacher.model.parameters() if self.teacher else ()
         standing = {
             "weights": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
-            "teacher": sum(weight.numel() * min(weight.itemsize, DTYPES[teacher_dtype].itemsize) for weight in taught),
+            "teacher": sum(p.numel() * min(p.itemsize, getattr(torch, teacher_dtype).itemsize) for p in taught),
             "optimizer": 2 * gradients + 4 * len(learning),
         }
         passing = activations + max(loss, layer)

@@ -97,6 +97,14 @@ def test_a_stored_tail_replaces_the_one_that_rounding_left():
     assert not torch.allclose(distill_rows_topk(**given, teacher_tail=tail / 2, vocab_size=SHARED).kl_rows, exact)
 
 
+def test_a_row_shows_nothing_of_what_it_has_no_weight_for():
+    given = inputs(5)
+    given["ce_weight"][2::4] = 0
+    got = distill_rows_topk(**given, vocab_size=SHARED)
+    assert torch.equal(got.ce_rows != 0, (given["ce_weight"] != 0) & (given["labels"] != IGNORE))
+    assert torch.equal(got.kl_rows != 0, given["kl_weight"] != 0)
+
+
 def test_rows_that_are_not_distilled_may_hold_anything():
     given = inputs(5)
     want = distill_rows_topk(**given, vocab_size=SHARED)

@@ -266,7 +266,12 @@ def test_a_folder_without_weights_is_refused_where_they_are_needed(tiny):
 
 
 @pytest.mark.parametrize(
-    ("processor", "message"), [(None, "no preprocessor_config.json"), ("VitImageProcessor", "'VitImageProcessor'")]
+    ("processor", "message"),
+    [
+        (None, "a directory containing a preprocessor_config.json"),
+        ("ViTImageProcessor", "'ViTImageProcessor' is not known; known: SiglipImageProcessor"),
+        ("VitImageProcessor", "Unrecognized image processor"),
+    ],
 )
 def test_a_tower_without_a_known_image_processor_is_refused(tiny, tmp_path, processor, message):
     tower = tmp_path / "tower"

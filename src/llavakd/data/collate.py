@@ -142,10 +142,8 @@ def collate(rows: Sequence[Row], *, pad_token_id: int, packed: bool = False) -> 
 
     input_ids = laid([row.text.ids for row in rows], pad_token_id)
     segments = laid([row.text.segments for row in rows], Segment.PADDING, torch.uint8)
-    parts = {part for row in rows for part in row.pictures}
-    pictures: dict[str, Any] = {
-        part: torch.cat([row.pictures[part] for row in rows if part in row.pictures]) for part in parts
-    }
+    pictured = [row.pictures for row in rows if row.pictures]  # all in the same parts
+    pictures: dict[str, Any] = {part: torch.cat([one[part] for one in pictured]) for part in next(iter(pictured), ())}
     owners = [number for number, row in enumerate(rows) for _ in next(iter(row.pictures.values()), ())]
     return Batch(
         input_ids=input_ids,

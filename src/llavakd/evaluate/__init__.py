@@ -62,7 +62,7 @@ def evaluate_model(
     scores = {"name": name, "metric": evaluation.metric, **score(answers, evaluation.metric)}
     if teacher:
         scores["segments"] = compare_segments(model, teacher, samples, data)
-    return scores | {"parameters": sum(weight.numel() for weight in model.model.parameters())}
+    return scores | {"parameters": model.model.num_parameters()}
 
 
 def generate_answers(

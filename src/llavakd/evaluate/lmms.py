@@ -87,8 +87,8 @@ def evaluate_tasks(
     logger.add(sys.stderr, level="WARNING")
     manager = TaskManager(include_path=str(include) if include else None)
     tasks = _load_tasks(names, manager)
-    model, place, start = load_teacher(source), out / Path(source.path).name, time.time()
-    model.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_teacher(source, "cuda" if torch.cuda.is_available() else "cpu")
+    place, start = out / Path(source.path).name, time.time()
     place.mkdir(parents=True, exist_ok=True)
     written = SimpleNamespace(output_path=str(place), process_with_media=False)
     # MMMU guesses where it finds no letter; one thread, so that the guesses keep their order.
@@ -107,7 +107,7 @@ def evaluate_tasks(
         "values": values,
         "servers": {key: c["server"] for key, c in COLUMNS.items() if "server" in c and c["tasks"][0] in tasks},
         "submissions": [str(p) for p in sorted(place.glob("submissions/*")) if p.stat().st_mtime > start - 1],
-        "parameters": sum(weight.numel() for weight in model.model.parameters()),
+        "parameters": model.model.num_parameters(),
     }
 
 

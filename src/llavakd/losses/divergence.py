@@ -1,65 +1,48 @@
-"""Divergences between two distributions per row: one term per vocabulary entry for the value, one for the gradient.
+"""Divergences between two distributions per row: one term per vocabulary entry, whose sum is the divergence.
 
 P is the teacher's distribution, Q the student's; everything is in nats and works on log-probabilities [N, V].
 """
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class Divergence(NamedTuple):
-    """D = sum_v d_v with gradient w_v - Q_v sum_u w_u on the student's (softened) logits.
-
-    terms: (log Q, log P, beta) -> (d, w), both [N, V], with w_v = Q_v dD/dQ_v; a constant added to dD/dQ drops out.
-    total: sum_u w_u where it does not depend on Q, so that it need not be summed; else None.
-    """
-
-    terms: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
-    total: float | None = None
-
-
-def _forward_kl(student: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def _forward_kl(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     """KL(P || Q) (LLaVA-KD, MDist)."""
-    p = teacher.exp()
-    return p * (teacher - student), -p
+    return teacher.exp() * (teacher - student)
 
 
-def _reverse_kl(student: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def _reverse_kl(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     """KL(Q || P)."""
-    terms = student.exp() * (student - teacher)
-    return terms, terms
+    return student.exp() * (student - teacher)
 
 
-def _jsd(student: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def _jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     """Jensen-Shannon: beta KL(P || M) + (1 - beta) KL(Q || M), M = beta P + (1 - beta) Q (arXiv 2306.13649, eq. 1)."""
     mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
-    own = (1 - beta) * student.exp() * (student - mixture)
-    return beta * teacher.exp() * (teacher - mixture) + own, own
+    return beta * teacher.exp() * (teacher - mixture) + (1 - beta) * student.exp() * (student - mixture)
 
 
-def _skewed_kl(student: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def _skewed_kl(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     """KL(P || beta P + (1 - beta) Q) (arXiv 2402.03898, eq. 4, skew beta), 0 < beta < 1."""
-    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
-    return teacher.exp() * (teacher - mixture), -(1 - beta) * (student + teacher - mixture).exp()
+    return teacher.exp() * (teacher - torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta)))
 
 
-def _total_variation(student: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def _total_variation(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     """sum_v |P_v - Q_v| / 2."""
-    q = student.exp()
-    gap = q - teacher.exp()
-    return gap.abs() / 2, q * gap.sign() / 2
+    return (student.exp() - teacher.exp()).abs() / 2
 
 
-DIVERGENCES: dict[str, Divergence] = {
-    "forward_kl": Divergence(_forward_kl, total=-1.0),
-    "reverse_kl": Divergence(_reverse_kl),
-    "jsd": Divergence(_jsd),
-    "skewed_kl": Divergence(_skewed_kl),
-    "total_variation": Divergence(_total_variation),
+# name -> (log Q, log P, beta) -> terms [N, V]
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "jsd": _jsd,
+    "skewed_kl": _skewed_kl,
+    "total_variation": _total_variation,
 }
 # What the mixtures become at the ends of beta.
 _LIMITS = {("jsd", 0.0): "forward_kl", ("jsd", 1.0): "reverse_kl", ("skewed_kl", 0.0): "forward_kl"}

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llavakd.losses.products import exact_dtype
-from llavakd.losses.rows import RowLosses, Sweep, cross_entropy_with_gradient, shared_width
+from llavakd.losses.rows import IGNORE_INDEX, RowLosses, Sweep, shared_width
 
 
 class Taught(NamedTuple):
@@ -75,16 +75,13 @@ def _score(
     """CE and sum_k P_k (log P_k - log Q_k) + rest (log rest - log Q_rest); the gradient to `logits` is written to `out`."""
     ids, p, rest = stored
     ids = ids.where(kl_weight[:, None] != 0, 0)  # rows that are not distilled may hold anything
-    ce, grad = cross_entropy_with_gradient(logits, labels, ce_weight)
-    student = F.log_softmax(logits, dim=-1)
-    kl = torch.xlogy(p, p).sum(-1) - (p * student.gather(1, ids)).sum(-1)
-    slope = student.exp() * p.sum(-1, keepdim=True)
-    outside = student.scatter(1, ids, -torch.inf)
-    log_rest = outside.logsumexp(-1)  # -inf where k is the whole vocabulary
-    counts = (rest > 0) & (log_rest > -torch.inf)
-    kl = kl + (torch.xlogy(rest, rest) - rest * log_rest).where(counts, 0)
-    # d log Q_rest is the softmax among the ids outside the k, less the softmax among all.
-    inside = (outside - log_rest[:, None]).exp().where(counts[:, None], 0)
-    slope = slope + (student.exp() - inside) * rest.where(counts, 0)[:, None]
-    out.copy_(grad + slope.scatter_add(1, ids, -p) * kl_weight[:, None])
-    return ce, kl.where(kl_weight != 0, 0)
+    logits = logits.detach().requires_grad_()
+    with torch.enable_grad():
+        student = F.log_softmax(logits, dim=-1)
+        ce = F.nll_loss(student, labels.where(ce_weight != 0, IGNORE_INDEX), reduction="none")
+        kl = torch.xlogy(p, p).sum(-1) - (p * student.gather(1, ids)).sum(-1)
+        log_rest = student.scatter(1, ids, -torch.inf).logsumexp(-1)  # -inf where k is the whole vocabulary
+        counts = (rest > 0) & (log_rest > -torch.inf)
+        kl = kl + (torch.xlogy(rest, rest) - rest * log_rest).where(counts, 0)
+        out.copy_(torch.autograd.grad((ce, kl), logits, (ce_weight, kl_weight))[0])
+    return ce.detach(), kl.detach()

@@ -4,10 +4,10 @@ Gradients are made in the forward pass, chunk by chunk; backward only scales the
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llavakd.losses.divergence import DIVERGENCES, resolve
@@ -18,7 +18,8 @@ IGNORE_INDEX = -100
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 19 * 2**26}  # logits of one chunk, both models, and the gradients kept of some
 GRADIENT_CHUNKS = 4  # whose gradients go into one product: each adds to the whole head's gradient
 _TILE = 256  # rows of a product's tile on a Hopper GPU
-# Of a chunk: (student logits, where their gradient goes, ce_weight, kl_weight, labels, *given) -> (CE, divergence)
+# Of a chunk: (student logits, where their gradient goes, ce_weight, kl_weight, labels, *given) -> (CE, divergence), each
+# zero in a row without its weight, which may hold anything.
 Score = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -126,20 +127,24 @@ class Sweep(NamedTuple):
             raise ValueError(f"label {int(labels[wrong][0])} lies outside the {vocab_size} ids that count; use -100")
         device = hidden.device
         live = sent(live.nonzero_static(size=count).squeeze(1), device)
-        run = partial(self._replace(given=[_at(sent(rows, device), live) for rows in self.given]).run, live)
-        return RowLosses(*_ScoreRows.apply(hidden, head, sent(ce_weight, device), sent(kl_weight, device), run))
+        used = [sent(rows, device) for rows in (hidden, ce_weight, kl_weight, *self.given)]
+        if count < len(labels):  # else there is no need of copies
+            used = [rows.index_select(0, live) for rows in used]
+        run = self._replace(given=used[3:]).run
+        ce, kl, *rows = _ScoreRows.apply(used[0], head, *used[1:3], run)
+        return RowLosses(ce, kl, *(each.new_zeros(len(labels)).index_copy_(0, live, each) for each in rows))
 
     def run(
-        self, live: Tensor, hidden: Tensor, head: Tensor, ce_weight: Tensor, kl_weight: Tensor, wanted: Sequence[bool]
+        self, hidden: Tensor, head: Tensor, ce_weight: Tensor, kl_weight: Tensor, wanted: Sequence[bool]
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """(CE [N], divergence [N], gradients to hidden and head or None); `given` must be cut to the `live` rows."""
+        """(CE [N], divergence [N], gradients to hidden and head or None)."""
         dtype, exact, narrow = operand_dtype(hidden), exact_dtype(hidden), gradient_dtype(hidden)
         default = rows_at_once(self.vocab_size, narrow.itemsize, head.device.type)
         chunk_rows = default if self.chunk_rows is None else self.chunk_rows
-        total, count, together = len(hidden), len(live), GRADIENT_CHUNKS * chunk_rows
+        count, together = len(hidden), GRADIENT_CHUNKS * chunk_rows
+        weights = ce_weight.to(exact), kl_weight.to(exact)
         weight = head[: self.vocab_size].to(dtype)
         weight_again = weight.to(narrow)
-        hidden, *weights = (_at(rows, live) for rows in (hidden, ce_weight.to(exact), kl_weight.to(exact)))
         ce_rows, kl_rows = hidden.new_zeros(2, count, dtype=exact)
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
         grad_head = torch.empty(head.shape, dtype=exact, device=head.device) if wanted[1] else None
@@ -155,31 +160,19 @@ class Sweep(NamedTuple):
                 grad_hidden[block] = product(grad, weight_again)
             if grad_head is not None:
                 accumulate(grad_head[: self.vocab_size], grad.T, hidden[block].to(narrow), onto=first > 0)
-
-        def spread(values: Tensor) -> Tensor:
-            return values if count == total else values.new_zeros(total, *values.shape[1:]).index_copy_(0, live, values)
-
-        return spread(ce_rows), spread(kl_rows), None if grad_hidden is None else spread(grad_hidden), grad_head
-
-
-def _at(values: Tensor, rows: Tensor) -> Tensor:
-    """values[rows] of ascending row numbers; without a copy where it is all of them."""
-    return values if len(values) == len(rows) else values[rows]
+        return ce_rows, kl_rows, grad_hidden, grad_head
 
 
 class _ScoreRows(torch.autograd.Function):
     """Keeps the gradient of ce + kl; where the two are weighed apart afterwards, a second pass makes it anew."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, ce_weight: Tensor, kl_weight: Tensor, run: partial[Any]) -> Any:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, ce_weight: Tensor, kl_weight: Tensor, run: Any) -> Any:
         ctx.run = run
         ctx.save_for_backward(hidden, head, ce_weight, kl_weight)
         ce_rows, kl_rows, *ctx.grads = run(hidden, head, ce_weight, kl_weight, ctx.needs_input_grad)
         ctx.mark_non_differentiable(ce_rows, kl_rows)
-        # A row of no weight may hold anything: zero, not 0 * inf.
-        ce = (ce_rows * ce_weight).where(ce_weight != 0, 0).sum()
-        kl = (kl_rows * kl_weight).where(kl_weight != 0, 0).sum()
-        return ce, kl, ce_rows, kl_rows
+        return (ce_rows * ce_weight).sum(), (kl_rows * kl_weight).sum(), ce_rows, kl_rows
 
     @staticmethod
     def backward(ctx: Any, grad_ce: Tensor, grad_kl: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -199,37 +192,22 @@ def score_torch(
 ) -> tuple[Tensor, Tensor]:
     """The portable scorer: CE [n] and divergence [n]; the gradient to the `raw` logits is written to `out` [n, V]."""
     divergence, beta, temperature, forms = how
-    logits, slope = form_logits(raw, forms[0])
-    ce, grad = cross_entropy_with_gradient(logits, labels, ce_weight)
-    kl = torch.zeros_like(ce)
-    if taught is not None:
-        student = torch.log_softmax(logits / temperature, dim=-1)
-        teacher = torch.log_softmax(form_logits(taught, forms[1])[0] / temperature, dim=-1)
-        kind = DIVERGENCES[divergence]
-        terms, slopes = kind.terms(student, teacher, beta)
-        kl = terms.sum(-1).where(kl_weight != 0, 0)
-        total = slopes.sum(-1, keepdim=True) if kind.total is None else kind.total
-        grad += (slopes - student.exp() * total) * (kl_weight / temperature)[:, None]
-    out.copy_(grad if slope is None else grad * slope)
-    return ce, kl
+    raw = raw.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = form_logits(raw, forms[0])
+        ce = F.cross_entropy(logits, labels.where(ce_weight != 0, IGNORE_INDEX), reduction="none")
+        kl = 0 * ce
+        if taught is not None:
+            sides = logits, form_logits(taught, forms[1])
+            student, teacher = (torch.log_softmax(side / temperature, dim=-1) for side in sides)
+            kl = DIVERGENCES[divergence](student, teacher, beta).sum(-1).where(kl_weight != 0, 0)
+        out.copy_(torch.autograd.grad((ce, kl), raw, (ce_weight, kl_weight))[0])
+    return ce.detach(), kl.detach()
 
 
-def cross_entropy_with_gradient(logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """CE [n], zero where it does not count, and the gradient of its weighted sum to `logits` [n, V]."""
-    counts = (labels != IGNORE_INDEX) & (weight != 0)
-    target = labels.where(counts, 0)[:, None]
-    logp = torch.log_softmax(logits, dim=-1)
-    ce = -logp.gather(1, target).squeeze(1).where(counts, 0)
-    weight = weight.where(counts, 0)[:, None]
-    return ce, (logp.exp() * weight).scatter_add(1, target, -weight)
-
-
-def form_logits(raw: Tensor, form: LogitForm) -> tuple[Tensor, Tensor | float | None]:
-    """The family's logits and their derivative to the raw ones (None: 1)."""
-    if not form.cap:
-        return (raw, None) if form.scale == 1 else (raw * form.scale, form.scale)
-    bent = torch.tanh(raw * (form.scale / form.cap))
-    return bent * form.cap, form.scale * (1 - bent.square())
+def form_logits(raw: Tensor, form: LogitForm) -> Tensor:
+    """The family's logits."""
+    return torch.tanh(raw * (form.scale / form.cap)) * form.cap if form.cap else raw * form.scale
 
 
 def rows_at_once(vocab_size: int, gradient_bytes: int, device: str) -> int:

@@ -9,14 +9,12 @@ import transformers
 from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM
 
 from llavakd.data.samples import IMAGE_TAG
 from llavakd.errors import UserError
 
-# PIL processors give the same pixels with and without torchvision; the automatic class does not.
-_KNOWN = ("SiglipImageProcessor", "CLIPImageProcessor", "BitImageProcessor", "LlavaImageProcessor")
-IMAGE_PROCESSORS: dict[str, type[Any]] = {kind: getattr(transformers, f"{kind}Pil") for kind in _KNOWN}
+IMAGE_PROCESSORS = ("SiglipImageProcessor", "CLIPImageProcessor", "BitImageProcessor", "LlavaImageProcessor")
 # Towers that stock Llava runs on pixels alone, and their tokens in front of the patches (registers come on top).
 TOWERS = {"siglip_vision_model": 0, "clip_vision_model": 1, "dinov2": 1, "dinov2_with_registers": 1}
 # Stock models of one build by model_type: Llava, and Aya Vision, whose projector makes one token of 2 x 2 patches.
@@ -35,7 +33,9 @@ class ModelError(UserError):
 def load(kind: Any, source: str, *, key: str = "", **options: Any) -> Any:
     """`kind.from_pretrained`, its failures as ModelError that names the recipe's `key`, if one is given."""
     where = f"{key}: " if key else ""
-    check_place(source, where)
+    if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        # Neither a folder nor "owner/name", and a hub would only answer that this is no name.
+        raise ModelError(f"{where}there is no folder {source!r}; give a local folder or a hub name")
     try:
         return kind.from_pretrained(source, **options)
     except (OSError, ValueError, SafetensorError) as error:
@@ -43,24 +43,11 @@ def load(kind: Any, source: str, *, key: str = "", **options: Any) -> Any:
         raise ModelError(f"{where}{reason}; give a local folder or a hub name") from error
 
 
-def check_place(source: str, where: str = "") -> None:
-    """Refuse what is neither a folder nor "owner/name": a hub would only answer that this is no name."""
-    if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise ModelError(f"{where}there is no folder {source!r}; give a local folder or a hub name")
-
-
 def load_image_processor(source: str, *, mode: str = "square") -> Any:
     """The tower's own processor in its PIL form, in mode "pad" with LLaVA-1.5's square margin; raises ModelError."""
-    check_place(source)
-    try:
-        settings, _ = transformers.LlavaImageProcessorPil.get_image_processor_dict(source)
-    except OSError as error:
-        raise ModelError(f"{source} has no preprocessor_config.json; copy the vision tower's own into it") from error
-    old = settings.pop("feature_extractor_type", "").replace("FeatureExtractor", "ImageProcessor")  # OpenAI's CLIP
-    kind = settings.pop("image_processor_type", old).removesuffix("Fast").removesuffix("Pil")
-    if kind not in IMAGE_PROCESSORS:
+    processor = load(AutoImageProcessor, source, backend="pil")  # the same pixels with and without torchvision
+    if (kind := type(processor).__name__.removesuffix("Pil")) not in IMAGE_PROCESSORS:
         raise ModelError(f"{source}: image processor {kind!r} is not known; known: {', '.join(IMAGE_PROCESSORS)}")
-    processor = IMAGE_PROCESSORS[kind](**settings)
     if mode == "square":
         return processor
     crops = bool(getattr(processor, "do_center_crop", False))  # where it does not say, LLaVA's own would

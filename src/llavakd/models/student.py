@@ -22,8 +22,6 @@ from llavakd.models import parts
 from llavakd.models.parts import FAMILIES, PROJECTORS, ModelError
 from llavakd.transfer import sent
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 @dataclass(frozen=True, kw_only=True)
 class VisionLanguageModel:
@@ -149,10 +147,10 @@ def load_student(folder: str, *, dtype: torch.dtype | str = torch.float32) -> Vi
     return dataclasses.replace(whole, model=parts.load(type(whole.model), folder, dtype=dtype))
 
 
-def load_teacher(config: TeacherConfig) -> VisionLanguageModel:
+def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu") -> VisionLanguageModel:
     """Load a LLaVA folder frozen and in eval mode, never to be trained or saved; raises ModelError."""
-    teacher = load_student(config.path, dtype=DTYPES[config.dtype])
-    teacher.model.requires_grad_(False).eval()
+    teacher = load_student(config.path, dtype=config.dtype)
+    teacher.model.requires_grad_(False).eval().to(device)
     return teacher
 
 
@@ -167,11 +165,10 @@ def outline_folder(folder: str) -> VisionLanguageModel:
 
 def template_of(folder: str) -> Any:
     """The name of the template that a LLaVA folder's chat template lays out; raises ModelError where it is none."""
-    held = parts.load(transformers.AutoProcessor, folder).chat_template
-    for name, template in TEMPLATES.items():
-        if held and template.jinja == held:
-            return name
-    raise ModelError(f"{folder}: its chat template is none of {', '.join(TEMPLATES)}; say which to use: --template")
+    known = {template.jinja: name for name, template in TEMPLATES.items() if template.jinja}
+    if (held := parts.load(transformers.AutoProcessor, folder).chat_template) not in known:
+        raise ModelError(f"{folder}: its chat template is none of {', '.join(TEMPLATES)}; say which to use: --template")
+    return known[held]
 
 
 def save_model(student: VisionLanguageModel, folder: Path, *, template: str | None) -> None:

@@ -69,10 +69,8 @@ def _read_config(source: Path) -> dict[str, Any]:
     config = _read_json(source / "config.json")
     original = "mm_vision_tower" in config
     if not ("connector_type" in config or (original and config.get("model_type") in ("llava", "llava_llama"))):
-        told = f"{source}: model_type {config.get('model_type')!r} in config.json without connector_type"
-        raise ModelError(
-            f"{told} (TinyLLaVA, LLaVA-KD) is not a Llama with mm_vision_tower (LLaVA-1.5); only these are converted"
-        )
+        told = f"{source}: config.json, model_type {config.get('model_type')!r}, has no connector_type (TinyLLaVA, LLaVA-KD)"
+        raise ModelError(f"{told} and is not a Llama with mm_vision_tower (LLaVA-1.5); only these are converted")
     if original:  # a LLaVA-1.5 config is a Llama's with more keys
         fields = {*AutoConfig.for_model("llama").to_dict(), "rope_theta", "rope_scaling"}
         text = {key: value for key, value in config.items() if key in fields}

@@ -41,7 +41,10 @@ def _log_sum(side, sharpness, VOCAB: constexpr, BLOCK: constexpr):
 
 @triton.jit
 def _terms(lq, lp, mix, KIND: constexpr):
-    """(d_v, w_v) of losses.divergence; `mix` is (beta, log beta, log (1 - beta))."""
+    """(d_v, w_v) of D = sum_v d_v, whose gradient to the softened logits is w_v - Q_v sum_u w_u.
+
+    So w_v = Q_v dD/dQ_v, and a constant added to dD/dQ drops out; `mix` is (beta, log beta, log (1 - beta)).
+    """
     beta, log_beta, log_rest = mix
     q, p = tl.exp(lq), tl.exp(lp)
     if KIND == "forward_kl":
@@ -76,37 +79,13 @@ def _slope(student, teacher, lse, taught_lse, sharpness, mix, VOCAB: constexpr, 
 
 
 @triton.jit
-def _write_gradient(
-    student, teacher, grad, label, ce_w, kl_w, lse, soft_lse, taught_lse, slope, sharpness, mix,
-    VOCAB: constexpr, KIND: constexpr, BLOCK: constexpr,
-):  # fmt: skip
-    """Over one row; returns sum d, which costs nothing here."""
-    _, scale, cap = student
-    lanes, total = tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.float32)
-    for start in range(0, VOCAB, BLOCK):
-        keep = start + lanes < VOCAB
-        x = _read(student, start, lanes, VOCAB)
-        g = ce_w * (tl.exp(x - lse) - tl.where(start + lanes == label, 1.0, 0.0))
-        if KIND is not None:
-            lq = sharpness * x - soft_lse
-            lp = sharpness * _read(teacher, start, lanes, VOCAB) - taught_lse
-            d, w = _terms(lq, lp, mix, KIND)
-            total += tl.where(keep, d, 0.0)
-            g += kl_w * sharpness * (w - tl.exp(lq) * slope)
-        g *= scale
-        if cap is not None:
-            g *= 1 - (x / cap) * (x / cap)
-        tl.store(grad + start + lanes, g.to(grad.dtype.element_ty), mask=keep)
-    return tl.sum(total, 0)
-
-
-@triton.jit
 def _rows_kernel(
     logits, taught, grad, labels, ce_weight, kl_weight, ce_out, kl_out, stride, taught_stride, grad_stride,
     form, taught_form, sharpness, mix, VOCAB: constexpr, KIND: constexpr, SOFT: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    student = (logits + row * stride, form[0], form[1])
+    scale, cap = form
+    student = (logits + row * stride, scale, cap)
     teacher = None
     label, ce_w, kl_w = tl.load(labels + row), tl.load(ce_weight + row), tl.load(kl_weight + row)
     counts = (label >= 0) & (ce_w != 0)
@@ -122,11 +101,22 @@ def _rows_kernel(
             soft_lse = _log_sum(student, sharpness, VOCAB, BLOCK)
         if KIND != "forward_kl":
             slope = _slope(student, teacher, soft_lse, taught_lse, sharpness, mix, VOCAB, KIND, BLOCK)
-    divergence = _write_gradient(
-        student, teacher, grad + row * grad_stride, label, ce_w, kl_w, lse, soft_lse, taught_lse, slope,
-        sharpness, mix, VOCAB, KIND, BLOCK,
-    )  # fmt: skip
-    tl.store(kl_out + row, tl.where(kl_w != 0, divergence, 0.0))
+    lanes, total = tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, VOCAB, BLOCK):  # the divergence costs nothing here
+        keep = start + lanes < VOCAB
+        x = _read(student, start, lanes, VOCAB)
+        g = ce_w * (tl.exp(x - lse) - tl.where(start + lanes == label, 1.0, 0.0))
+        if KIND is not None:
+            lq = sharpness * x - soft_lse
+            lp = sharpness * _read(teacher, start, lanes, VOCAB) - taught_lse
+            d, w = _terms(lq, lp, mix, KIND)
+            total += tl.where(keep, d, 0.0)
+            g += kl_w * sharpness * (w - tl.exp(lq) * slope)
+        g *= scale
+        if cap is not None:
+            g *= 1 - (x / cap) * (x / cap)
+        tl.store(grad + row * grad_stride + start + lanes, g.to(grad.dtype.element_ty), mask=keep)
+    tl.store(kl_out + row, tl.where(kl_w != 0, tl.sum(total, 0), 0.0))
 
 
 def score_triton(

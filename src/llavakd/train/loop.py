@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import resource
 import signal
 import threading
@@ -53,6 +54,20 @@ def micro_batch_size(stage: StageConfig, *, processes: int) -> int:
     return micro
 
 
+@contextmanager
+def lost_process(kinds: tuple[type[Exception], ...] = (RuntimeError,)) -> Iterator[None]:
+    """Make what is raised where a process of the run, or one that reads its rows, is gone a UserError."""
+    try:
+        yield
+    except kinds as error:
+        named = isinstance(error, torch.distributed.DistError) or re.search("gloo|DataLoader worker", str(error))
+        if isinstance(error, RuntimeError) and not named:  # gloo and torch's loader raise nothing narrower
+            raise
+        told = "a process of this run was lost: " + re.split(r"\. |\n", str(error))[0]
+        raise UserError(f"{told}; the same command goes on from the last checkpoint") from error
+
+
+@lost_process((RuntimeError, ConnectionError, EOFError))  # each is how the loss of one that reads may show
 def run_stage(state: TrainState, dataset: RowDataset, recipe: Recipe, folder: Path) -> Progress:
     """Train a stage to its end, from its newest checkpoint on; raises Interrupted, once saved, and UserError."""
     stage, accelerator, main = state.stage, state.accelerator, state.accelerator.is_main_process
@@ -155,20 +170,8 @@ def _ignore_interrupt(worker: int) -> None:
 
 
 @contextmanager
-def lost_process() -> Iterator[None]:
-    """Make what a collective raises when a process of the run is gone a UserError."""
-    try:
-        yield
-    except RuntimeError as error:  # gloo raises nothing narrower, but names its own source
-        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
-            raise
-        said = f"a process of this run was lost: {str(error).partition('. ')[0].splitlines()[0]}"
-        raise UserError(f"{said}; the same command goes on from the last checkpoint") from error
-
-
-@contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """Set by the first SIGINT or SIGTERM; a second one acts as usual. UserError for a lost worker."""
+    """Set by the first SIGINT or SIGTERM; a second one acts as usual."""
     stop = threading.Event()
     with ExitStack() as usual:
 
@@ -180,10 +183,4 @@ def _stop_signals() -> Iterator[threading.Event]:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 usual.callback(signal.signal, number, signal.signal(number, note))
-        try:
-            yield stop
-        except (RuntimeError, ConnectionError, EOFError) as error:  # each is how the loss of a worker may show
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                raise
-            said = f"a process that reads rows died: {error}; the same command goes on from the last checkpoint"
-            raise UserError(said) from error
+        yield stop
