@@ -174,7 +174,7 @@ def losses() -> str:
     return table(["losses of `dpt` and `dft`", "right, %", "to the control", "p", "to the full loss", "p"], rows)
 
 
-def terms() -> str:
+def terms(prefix: str = "") -> str:
     """What each term adds to those before it."""
     steps = {
         "response KL, to cross-entropy": ("losses/response", CONTROL),
@@ -187,7 +187,8 @@ def terms() -> str:
         "`dpt` instead of `pt`, before `sft`, `dft`": (MAIN, "recipes/pt-sft-dft"),
         "`dft` instead of `sft`, after `dpt`, `sft`": (MAIN, "recipes/dpt-sft-sft"),
     }
-    return table(["what is added", "difference", "p"], [(what, *told(*pair)) for what, pair in steps.items()])
+    rows = [(what, *told(*(prefix + cell for cell in pair))) for what, pair in steps.items()]
+    return table(["what is added", "difference", "p"], rows)
 
 
 def beside_the_paper() -> str:
@@ -257,9 +258,12 @@ def setting() -> str:
     one = lines[0]
     versions = ", ".join(f"{key} {one[key]}" for key in ("torch", "transformers", "accelerate"))
     commits = ", ".join(sorted({line["commit"] for line in lines}))
-    seconds = sum(line["seconds"] for line in lines)
+    hours = sum(line["seconds"] for line in lines) / 3600
+    sittings = json.loads((LINES / "study" / "sittings.json").read_text(encoding="utf-8"))
+    took = " and ".join(f"{sitting['seconds'] / 60:.1f}" for sitting in sittings)
+    told = f"{len(lines)} runs in {took} minutes, {sittings[0]['jobs']} at a time ({hours:.1f} hours one after another)"
     devices = ", ".join(sorted({line["device"] for line in lines}))
-    return f"{len(lines)} runs, {seconds / 3600:.1f} hours of runs one after another; {devices}; {versions}; commit {commits}.\n"
+    return f"{told}; {devices}; {versions}; commit {commits}.\n"
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -276,6 +280,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "study students": lambda: pairs("students", "the student's language model", "4 x 128"),
     "study trials": trials,
     "study earlier": lambda: recipes(EARLIER),
+    "study earlier terms": lambda: terms(EARLIER),
     "study earlier answers": lambda: pairs(f"{EARLIER}answers", "training answers"),
     "study earlier data": lambda: pairs(f"{EARLIER}data", "scenes"),
     "study teachers": teachers,
