@@ -112,7 +112,7 @@ def assert_same_run(run: Path, other: Path):
 
 
 @pytest.mark.parametrize(
-    ("sharding", "dealt"), [("none", "rows"), ("none", "packs"), ("student", "rows"), ("both", "packs")]
+    ("sharding", "dealt"), [("zero2", "rows"), ("zero3", "rows"), ("none", "rows"), ("none", "packs"), ("student", "rows"), ("both", "packs")]
 )
 def test_two_processes_equal_one_in_every_part_of_the_loss_and_every_weight(tiny, command, tmp_path, sharding, dealt):
     """One process at once, two in micro-batches of one row, or in packs, of which they have unequally many.

@@ -13,12 +13,13 @@ import torch
 from accelerate.utils import recursively_apply
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from llavakd.errors import UserError
 from llavakd.progress import say
 from llavakd.train.placement import joined, like
+from llavakd.train.zero import ZeroAdamW, gathered
 
 _MANIFEST = "manifest.json"
 
@@ -63,7 +64,9 @@ def contents(source: str, *forms: str) -> list[str]:
     return [file_digest(file) for file in sorted(found) if file.is_file()] or [source]
 
 
-def save_checkpoint(folder: Path | None, *, module: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+def save_checkpoint(
+    folder: Path | None, *, module: nn.Module, optimizer: Optimizer | ZeroAdamW, state: dict[str, Any]
+) -> None:
     """Write FOLDER/step-N: what learns, the optimiser, `state` (with its `step`), a manifest; None only lends its shards."""
     learning, moments = recursively_apply(joined, (_learning(module), optimizer.state_dict()), keep=bool(folder))
     if not folder:
@@ -90,19 +93,22 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
-def load_checkpoint(path: Path, *, module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+def load_checkpoint(path: Path, *, module: nn.Module, optimizer: Optimizer | ZeroAdamW) -> dict[str, Any]:
     """Restore what `save_checkpoint` wrote, strictly, and return its `state`; UserError where it is of another model."""
     stored, present = load_file(str(path / "learning.safetensors")), _learning(module)
     if names := sorted(stored.keys() ^ present.keys()):
         told = f"checkpoint {path} does not fit the model: {len(names)} tensors differ, first {names[0]!r}"
         raise UserError(f"{told}; use a new --out for another model")
-    for name, tensor in present.items():
-        tensor.copy_(like(stored[name], tensor))
     rest = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     for number, held in rest["optimizer"]["state"].items():
         held |= {name: like(value, weights[number]) for name, value in held.items() if value.dim()}
     optimizer.load_state_dict(rest["optimizer"])
+    for name, weight in present.items():
+        with gathered(weight, written=True):
+            weight.data.copy_(like(stored[name], weight))
+    if isinstance(optimizer, ZeroAdamW):
+        optimizer.refresh()
     torch.set_rng_state(rest["rng"])
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
 
@@ -117,8 +123,8 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
-def _learning(module: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.data for name, parameter in module.named_parameters() if parameter.requires_grad}
+def _learning(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def _flush(path: Path) -> None:

@@ -18,6 +18,7 @@ from llavakd.errors import UserError
 from llavakd.losses.objective import Counts, Objective, count, objective
 from llavakd.models.alignment import Pair
 from llavakd.models.student import VisionLanguageModel, final_hidden, vision_features
+from llavakd.train.zero import ZeroAdamW
 from llavakd.transfer import sent
 
 
@@ -31,7 +32,10 @@ class StudentModule(nn.Module):
     def __init__(self, student: VisionLanguageModel, stage: StageConfig, vocab_size: int | None) -> None:
         super().__init__()
         self.model = student.model
-        self.picture = student.features_per_image, self.model.config.vision_config.hidden_size
+        vision, self.sees = self.model.config.vision_config, "vision_tower" in stage.train
+        self.picture = student.features_per_image, vision.hidden_size
+        if self.sees:
+            self.picture = 3, vision.image_size, vision.image_size
         self.aims: dict[str, Any] = {"losses": stage.losses, "reduction": stage.reduction, "vocab_size": vocab_size}
 
     def forward(
@@ -39,16 +43,18 @@ class StudentModule(nn.Module):
     ) -> Objective:
         """This micro-batch's share of the loss, given on the CPU; `features` None with pictures: the tower runs here."""
         visual = batch.segments == Segment.VISUAL
-        if features is None:  # without a picture those of one that no position takes: all processes run the same
+        if features is None:  # without a picture a blank one that no position takes: all processes run the same
             pixels, device = batch.pixel_values, self.model.lm_head.weight.device
-            blank = torch.zeros(1, *self.picture, device=device)
-            features = blank if pixels is None else vision_features(self.model, sent(pixels, device))
+            given = torch.zeros(1, *self.picture, device=device) if pixels is None else sent(pixels, device)
+            features = vision_features(self.model, given) if self.sees else given
         hidden = final_hidden(self.model, batch.input_ids, batch.attention_mask, visual, features, batch.position_ids)
         what: dict[str, Any] = {"labels": batch.labels, "visual": batch.visual, "image_rows": batch.image_rows}
         what |= {"position_ids": batch.position_ids, "counts": counts, "taught": batch.taught}
         result = objective(hidden, self.model.lm_head.weight, taught, teacher_head, **what, **self.aims)
-        # All of a tower that learns gets a gradient, of zero without a picture and past the selected layer.
-        tower = (weight for weight in self.model.model.vision_tower.parameters() if weight.requires_grad)
+        # All of a tower that learns gets a gradient, of zero past the selected layer; ZeRO-3 has let go of weights by now.
+        tower = (
+            weight for weight in self.model.model.vision_tower.parameters() if weight.requires_grad and len(weight)
+        )
         return result._replace(total=result.total + sum(0.0 * weight.sum() for weight in tower))
 
 
@@ -58,7 +64,7 @@ class TrainState:
 
     accelerator: Accelerator
     module: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | ZeroAdamW
     student: VisionLanguageModel
     teacher: VisionLanguageModel | None
     pair: Pair | None
@@ -79,24 +85,29 @@ class StepResult(NamedTuple):
 
 def train_step(state: TrainState, micro_batches: Sequence[Batch], *, step: int) -> StepResult:
     """Forward and backward over this rank's micro-batches, which lie on the CPU, clip, update; no wait for the device."""
-    accelerator = state.accelerator
+    accelerator, zero = state.accelerator, state.optimizer if isinstance(state.optimizer, ZeroAdamW) else None
     counts, counted, passes = _count(accelerator, micro_batches)
     sums: dict[str, Any] = {}
     for number in range(1, passes + 1):  # as many on every process; those beyond its own micro-batches weigh nothing
         batch, share = micro_batches[min(number, len(micro_batches)) - 1], int(number <= len(micro_batches))
-        with contextlib.nullcontext() if number == passes else accelerator.no_sync(state.module):
+        with contextlib.nullcontext() if zero or number == passes else accelerator.no_sync(state.module):
             result = _forward(state, batch, counts)
             # Wrappers average gradients over processes; the division is already global, so undo it here, once.
-            accelerator.backward(result.total * (share * accelerator.num_processes))
+            loss = result.total * (share * accelerator.num_processes)
+            zero.backward(loss, last=number == passes) if zero else accelerator.backward(loss)
         for name, value in {"loss": result.total.detach(), **result.parts}.items():
             sums[name] = sums.get(name, 0) + value * share
     sums = accelerator.reduce(sums)
-    grad_norm = accelerator.clip_grad_norm_(state.module.parameters(), state.stage.max_grad_norm)
-    grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-    state.optimizer.step()
-    state.optimizer.zero_grad()
+    grad_norm = zero.step() if zero else _clip_and_step(state)
     rows = [name for batch in micro_batches for name in batch.sample_ids[:4]]
     return StepResult(step, sums.pop("loss"), sums, grad_norm, counted, rows)
+
+
+def _clip_and_step(state: TrainState) -> Tensor:
+    norm = state.accelerator.clip_grad_norm_(state.module.parameters(), state.stage.max_grad_norm)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def check_finite(results: Sequence[StepResult], stage: StageConfig) -> None:
@@ -183,7 +194,7 @@ def learning_rate(step: int, *, steps: int, stage: StageConfig) -> float:
     return stage.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer | ZeroAdamW, rate: float) -> None:
     """Give every group this rate."""
     for group in optimizer.param_groups:
         group["lr"] = rate
