@@ -57,7 +57,7 @@ def run_stage(state: TrainState, dataset: RowDataset, recipe: Recipe, folder: Pa
     """Train a stage to its end, from its newest checkpoint on; raises Interrupted, once saved, and UserError."""
     stage, accelerator, main = state.stage, state.accelerator, state.accelerator.is_main_process
     steps, checkpoints = total_steps(len(dataset), stage), folder / "checkpoints"
-    learning: dict[str, Any] = {"module": getattr(state.module, "module", state.module), "optimizer": state.optimizer}
+    learning: dict[str, Any] = {"module": accelerator.unwrap_model(state.module), "optimizer": state.optimizer}
     found = newest_whole(checkpoints)
     progress = Progress(**load_checkpoint(found, **learning)) if found else Progress()
     processes = accelerator.num_processes

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -71,10 +72,14 @@ class ZeroAdamW:
 
     def close(self) -> None:
         """After the last step: take off the hooks, which would keep the models in memory, and make a frozen tower a part again."""
-        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK, PartitionedParameterCoordinator
 
         self.engine.destroy()
         FWD_MODULE_STACK.clear()
+        for method in vars(PartitionedParameterCoordinator).values():  # behind a decorator, one keeps what it was called with
+            for cell in getattr(method, "__closure__", None) or ():
+                if hasattr(cell.cell_contents, "cache_clear"):
+                    cell.cell_contents.cache_clear()
         inner = self.engine.get_submodule("module.model.model")
         if tower := inner.__dict__.pop("vision_tower", None):
             inner.vision_tower = tower
@@ -98,9 +103,11 @@ def shard(module: nn.Module, whole: torch.optim.AdamW, *, sharding: str, max_gra
         told = f"sharding: {sharding} needs deepspeed; install it: pip install 'llava-kd[deepspeed]'"
         raise UserError(told) from error
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # it calls torch by names of before 2.13
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # for CPUs, a compiler would be started
-    # Small weights are sharded, too; buckets of 200 MB, in the place of two gigabytes that stay.
-    zero = {"stage": STAGES[sharding], "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 50_000_000}
+    # Products stay torch's, to the bit; every weight is let go of after use; buckets of 200 MB, in the place of 2 GB.
+    zero = {"stage": STAGES[sharding], "memory_efficient_linear": False, "reduce_bucket_size": 50_000_000}
+    zero |= {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
     config = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": max_grad_norm, "zero_optimization": zero}
     inner = module.get_submodule("model.model")
     if not any(weight.requires_grad for weight in inner.get_submodule("vision_tower").parameters()):
