@@ -12,7 +12,7 @@ from llavakd.config import load_recipe
 from llavakd.models.student import build_student, load_teacher
 from llavakd.train.placement import place
 from llavakd.train.step import StudentModule, build_optimizer
-from llavakd.train.zero import STAGES, shard
+from llavakd.train.zero import STAGES, ZeroAdamW
 
 
 def held(module: nn.Module) -> int:
@@ -41,9 +41,8 @@ def main() -> None:
     module = place(accelerator, StudentModule(student, stage, None), teacher.model, sys.argv[1])
     optimizer = build_optimizer(module, stage)
     if sys.argv[1] in STAGES:
-        zero = shard(module, optimizer, sharding=sys.argv[1], max_grad_norm=1.0)
-        optimizer = zero.engine.optimizer.optimizer
-        moving = sum(held["exp_avg"].numel() for held in optimizer.state.values())
+        zero = ZeroAdamW(module, optimizer, sharding=sys.argv[1], max_grad_norm=1.0)
+        moving = sum(moments["exp_avg"].numel() for moments in zero.shards.values())
     else:
         moving = sum(held(nn.ParameterList(group["params"])) for group in optimizer.param_groups)
     told = {"tower": tower, "layers": layers, "whole": parts, "moving": moving}

@@ -19,7 +19,7 @@ from llavakd.config import load_recipe
 from llavakd.errors import UserError
 from llavakd.models.student import load_student
 from llavakd.pipeline import run_pipeline
-from llavakd.train.zero import shard
+from llavakd.train.zero import ZeroAdamW
 
 pytestmark = pytest.mark.dist
 
@@ -313,7 +313,7 @@ def test_without_deepspeed_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     layer = nn.Linear(2, 2)
     with pytest.raises(UserError, match=r"sharding: zero3 needs deepspeed; .* 'llava-kd\[deepspeed\]'"):
-        shard(layer, torch.optim.AdamW(layer.parameters()), sharding="zero3", max_grad_norm=1.0)
+        ZeroAdamW(layer, torch.optim.AdamW(layer.parameters()), sharding="zero3", max_grad_norm=1.0)
 
 
 @pytest.mark.parametrize(("wrapper", "named"), [("DEEPSPEED", "zero2 or zero3"), ("FSDP", "student")])

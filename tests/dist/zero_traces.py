@@ -30,15 +30,15 @@ def main() -> None:
     """The run's own output, and then one line of JSON."""
     modules, changed = [], set()
 
-    def shard(module: torch.nn.Module, *args: Any, **options: Any) -> zero.ZeroAdamW:
-        before = settings()
-        modules.append(weakref.ref(module))
-        sharded = zero.shard(module, *args, **options)
-        after = settings()
-        changed.update(name for name in before if before[name] != after[name])
-        return sharded
+    class Watched(zero.ZeroAdamW):
+        def __init__(self, module: torch.nn.Module, *args: Any, **options: Any) -> None:
+            before = settings()
+            modules.append(weakref.ref(module))
+            super().__init__(module, *args, **options)
+            after = settings()
+            changed.update(name for name in before if before[name] != after[name])
 
-    pipeline.shard = shard
+    pipeline.ZeroAdamW = Watched
     try:
         cli.main()
     except SystemExit as ended:

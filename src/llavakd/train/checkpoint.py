@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from llavakd.errors import UserError
 from llavakd.progress import say
 from llavakd.train.placement import joined, like
-from llavakd.train.zero import ZeroAdamW, gathered
+from llavakd.train.zero import gathered
 
 _MANIFEST = "manifest.json"
 
@@ -64,9 +64,7 @@ def contents(source: str, *forms: str) -> list[str]:
     return [file_digest(file) for file in sorted(found) if file.is_file()] or [source]
 
 
-def save_checkpoint(
-    folder: Path | None, *, module: nn.Module, optimizer: Optimizer | ZeroAdamW, state: dict[str, Any]
-) -> None:
+def save_checkpoint(folder: Path | None, *, module: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Write FOLDER/step-N: what learns, the optimiser, `state` (with its `step`), a manifest; None only lends its shards."""
     learning, moments = recursively_apply(joined, (_learning(module), optimizer.state_dict()), keep=bool(folder))
     if not folder:
@@ -93,7 +91,7 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
-def load_checkpoint(path: Path, *, module: nn.Module, optimizer: Optimizer | ZeroAdamW) -> dict[str, Any]:
+def load_checkpoint(path: Path, *, module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Restore what `save_checkpoint` wrote, strictly, and return its `state`; UserError where it is of another model."""
     stored, present = load_file(str(path / "learning.safetensors")), _learning(module)
     if names := sorted(stored.keys() ^ present.keys()):
@@ -105,10 +103,8 @@ def load_checkpoint(path: Path, *, module: nn.Module, optimizer: Optimizer | Zer
         held |= {name: like(value, weights[number]) for name, value in held.items() if value.dim()}
     optimizer.load_state_dict(rest["optimizer"])
     for name, weight in present.items():
-        with gathered(weight, written=True):
+        with gathered(weight):
             weight.data.copy_(like(stored[name], weight))
-    if isinstance(optimizer, ZeroAdamW):
-        optimizer.refresh()
     torch.set_rng_state(rest["rng"])
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
 

@@ -5,7 +5,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from llavakd.train import zero
+from llavakd.train.zero import STAGES, gathered
 
 
 def place(accelerator: Accelerator, module: nn.Module, teacher: nn.Module | None, sharding: str) -> nn.Module:
@@ -18,7 +18,7 @@ def place(accelerator: Accelerator, module: nn.Module, teacher: nn.Module | None
         module = accelerator.prepare_model(module, device_placement=False, evaluation_mode=True)  # autocast, no DDP
         tower, decoder = (module.get_submodule(f"model.model.{part}") for part in ("vision_tower", "language_model"))
         tower.to(device)
-        if sharding not in zero.STAGES:
+        if sharding not in STAGES:
             _shard(module, decoder, device.type, kept=tower)  # where it is frozen, it runs before the module
     if shards and teacher and sharding == "both":
         decoder = teacher.get_submodule("model.language_model")
@@ -38,7 +38,7 @@ def _shard(root: nn.Module, decoder: nn.Module, device: str, *, kept: nn.Module)
 
 def joined(tensor: Tensor, *, keep: bool) -> Tensor:
     """A tensor from its shards on all processes, which must all call; in the host's memory, or empty if not to be kept."""
-    with zero.gathered(tensor):
+    with gathered(tensor):
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         return full.detach().cpu() if keep else full.new_empty(0)
 

@@ -33,9 +33,8 @@ class StudentModule(nn.Module):
         super().__init__()
         self.model = student.model
         vision, self.sees = self.model.config.vision_config, "vision_tower" in stage.train
-        self.picture = student.features_per_image, vision.hidden_size
-        if self.sees:
-            self.picture = 3, vision.image_size, vision.image_size
+        features = student.features_per_image, vision.hidden_size
+        self.picture = (3, vision.image_size, vision.image_size) if self.sees else features
         self.aims: dict[str, Any] = {"losses": stage.losses, "reduction": stage.reduction, "vocab_size": vocab_size}
 
     def forward(
@@ -51,11 +50,9 @@ class StudentModule(nn.Module):
         what: dict[str, Any] = {"labels": batch.labels, "visual": batch.visual, "image_rows": batch.image_rows}
         what |= {"position_ids": batch.position_ids, "counts": counts, "taught": batch.taught}
         result = objective(hidden, self.model.lm_head.weight, taught, teacher_head, **what, **self.aims)
-        # All of a tower that learns gets a gradient, of zero past the selected layer; ZeRO-3 has let go of weights by now.
-        tower = (
-            weight for weight in self.model.model.vision_tower.parameters() if weight.requires_grad and len(weight)
-        )
-        return result._replace(total=result.total + sum(0.0 * weight.sum() for weight in tower))
+        # All of a tower that learns gets a gradient, of zero past the selected layer; what ZeRO-3 let go of is empty by now.
+        tower = [weight for weight in self.model.model.vision_tower.parameters() if weight.requires_grad]
+        return result._replace(total=result.total + sum(0.0 * weight.sum() for weight in tower if weight.numel()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +61,7 @@ class TrainState:
 
     accelerator: Accelerator
     module: nn.Module
-    optimizer: torch.optim.Optimizer | ZeroAdamW
+    optimizer: torch.optim.Optimizer
     student: VisionLanguageModel
     teacher: VisionLanguageModel | None
     pair: Pair | None
@@ -85,7 +82,7 @@ class StepResult(NamedTuple):
 
 def train_step(state: TrainState, micro_batches: Sequence[Batch], *, step: int) -> StepResult:
     """Forward and backward over this rank's micro-batches, which lie on the CPU, clip, update; no wait for the device."""
-    accelerator, zero = state.accelerator, state.optimizer if isinstance(state.optimizer, ZeroAdamW) else None
+    accelerator, zero = state.accelerator, state.optimizer.engine if isinstance(state.optimizer, ZeroAdamW) else None
     counts, counted, passes = _count(accelerator, micro_batches)
     sums: dict[str, Any] = {}
     for number in range(1, passes + 1):  # as many on every process; those beyond its own micro-batches weigh nothing
@@ -93,21 +90,18 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch], *, step: int) 
         with contextlib.nullcontext() if zero or number == passes else accelerator.no_sync(state.module):
             result = _forward(state, batch, counts)
             # Wrappers average gradients over processes; the division is already global, so undo it here, once.
-            loss = result.total * (share * accelerator.num_processes)
-            zero.backward(loss, last=number == passes) if zero else accelerator.backward(loss)
+            (zero or accelerator).backward(result.total * (share * accelerator.num_processes))
         for name, value in {"loss": result.total.detach(), **result.parts}.items():
             sums[name] = sums.get(name, 0) + value * share
     sums = accelerator.reduce(sums)
-    grad_norm = zero.step() if zero else _clip_and_step(state)
-    rows = [name for batch in micro_batches for name in batch.sample_ids[:4]]
-    return StepResult(step, sums.pop("loss"), sums, grad_norm, counted, rows)
-
-
-def _clip_and_step(state: TrainState) -> Tensor:
-    norm = state.accelerator.clip_grad_norm_(state.module.parameters(), state.stage.max_grad_norm)
+    grad_norm = accelerator.clip_grad_norm_(state.module.parameters(), state.stage.max_grad_norm)
+    grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
     state.optimizer.step()
     state.optimizer.zero_grad()
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if zero:  # which clips by itself, and tells inf where the gradient is not finite
+        grad_norm = torch.as_tensor(zero.get_global_grad_norm(), dtype=torch.float32, device=accelerator.device)
+    rows = [name for batch in micro_batches for name in batch.sample_ids[:4]]
+    return StepResult(step, sums.pop("loss"), sums, grad_norm, counted, rows)
 
 
 def check_finite(results: Sequence[StepResult], stage: StageConfig) -> None:
@@ -194,7 +188,7 @@ def learning_rate(step: int, *, steps: int, stage: StageConfig) -> float:
     return stage.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer | ZeroAdamW, rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give every group this rate."""
     for group in optimizer.param_groups:
         group["lr"] = rate
