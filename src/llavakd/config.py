@@ -306,6 +306,8 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     names = [stage.name for stage in recipe.stages]
     for name in {name for name in names if names.count(name) > 1}:
         yield f"stages: two stages are called {name!r}; every stage writes its own folder, rename one"
+    if recipe.compile and recipe.sharding == "zero3":
+        yield "compile: got true, but hooks of sharding zero3 would be compiled anew all the time; set sharding: zero2"
     read = [("evaluation", recipe.evaluation.data)] if recipe.evaluation else []
     for index, stage in enumerate(recipe.stages):
         place = f"stages.{index} ({stage.name})"

@@ -39,7 +39,7 @@ class ZeroAdamW(torch.optim.AdamW):
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=inner, config=config)
         self.shards = inner.state
         for shard in getattr(self.engine.optimizer, STAGES[sharding][1]):  # as its first step would
-            moments = {name: torch.zeros_like(shard, requires_grad=False) for name in _MOMENTS}
+            moments = {name: torch.zeros_like(shard) for name in _MOMENTS}
             self.shards[shard] = {"step": torch.zeros((), device=shard.device), **moments}
 
     def step(self, closure: Any = None) -> Any:
