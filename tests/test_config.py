@@ -204,7 +204,7 @@ def test_layers_are_compiled_under_every_sharding_but_zero3():
     tree = changed("compile", True)
     for sharding in ("none", "student", "both", "zero2"):
         assert parse_recipe(tree | {"sharding": sharding}).compile
-    with pytest.raises(RecipeError, match="compile: got true, but hooks of sharding zero3 .*; set sharding: zero2"):
+    with pytest.raises(RecipeError, match=r"compile: got true, but hooks of sharding zero3 .*; set sharding: zero2"):
         parse_recipe(tree | {"sharding": "zero3"})
 
 
