@@ -164,7 +164,7 @@ class Recipe:
     world: WorldConfig | None = None
     precision: Literal["fp32", "bf16"] = "bf16"
     compile: bool = False
-    sharding: Literal["none", "student", "both"] = "none"
+    sharding: Literal["none", "student", "both", "zero2", "zero3"] = "none"
     gradient_checkpointing: bool = False
     cache_features: bool = False
     max_bad_rows: Share = 0.001
@@ -306,6 +306,8 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     names = [stage.name for stage in recipe.stages]
     for name in {name for name in names if names.count(name) > 1}:
         yield f"stages: two stages are called {name!r}; every stage writes its own folder, rename one"
+    if recipe.compile and recipe.sharding == "zero3":
+        yield "compile: got true, but hooks of sharding zero3 would be compiled anew all the time; set sharding: zero2"
     read = [("evaluation", recipe.evaluation.data)] if recipe.evaluation else []
     for index, stage in enumerate(recipe.stages):
         place = f"stages.{index} ({stage.name})"

@@ -187,6 +187,7 @@ def test_gradients_are_the_same_where_layers_are(student, how):
         (["stages.sft.lora_rank=null"], "lora_rank None and sharding none"),
         (["sharding=student"], "lora_rank 3 and sharding student"),
         (["sharding=both"], "lora_rank 3 and sharding both"),
+        (["sharding=zero2"], "lora_rank 3 and sharding zero2"),
     ],
 )
 def test_without_updates_or_in_shards_it_is_refused(tiny, tmp_path, changes, found):
