@@ -303,8 +303,10 @@ def test_deepspeed_changes_no_setting_and_keeps_no_model(alone, tmp_path, shardi
 def test_a_gradient_that_is_not_finite_ends_both_processes(alone, tmp_path, sharding):
     changes = (f"sharding={sharding}", "stages.dpt.learning_rate=1.0e30")
     processes = start_two("-m", "llavakd", "train", alone[0], *changes, "--out", tmp_path / "run")
-    for code, _, err in finish(processes):
-        assert code == 1
+    ended = finish(processes)
+    # Each tells, whichever ends first; the other may be aborted where torch finds it gone at the exit.
+    assert {code for code, *_ in ended} in ({1}, {1, -signal.SIGABRT})
+    for _, _, err in ended:
         assert "Traceback" not in err
         assert "stage dpt, step 1: gradient norm is inf, parts {'ce': " in err
 
