@@ -4,11 +4,18 @@ import importlib
 from typing import Any
 
 _NAMES = {
+    "chat": "ask_about",
     "config": "load_recipe",
+    "data.check": "check_source",
+    "demo": "run_demo",
     "evaluate": "evaluate_model",
+    "export": "export_model push_folder",
     "losses": "distill_rows objective relation_distance",
-    "models.student": "build_student load_student",
-    "pipeline": "run_pipeline",
+    "models.student": "build_student load_student template_of",
+    "models.tinyllava": "convert",
+    "pipeline": "evaluate_folder run_pipeline",
+    "plan": "plan_run",
+    "preflight": "check_recipe",
     "quickstart": "run_quickstart",
     "report": "write_report",
     "shapes": "write_world",

@@ -64,10 +64,8 @@ def plan(
     as_json: bool = False,
 ) -> None:
     """Say what RECIPE would cost, without weights: parameters, tokens, FLOPs, memory and hours of every stage."""
-    from llavakd.plan import plan_run
-
     loaded = config.load_recipe(recipe, overrides or [])
-    plan = plan_run(loaded, gpu=gpu, gpus=gpus, efficiency=efficiency, rows=rows, text_tokens=text_tokens)
+    plan = llavakd.plan_run(loaded, gpu=gpu, gpus=gpus, efficiency=efficiency, rows=rows, text_tokens=text_tokens)
     _show("plan.md.jinja", plan, as_json)
     for note in [] if as_json else render("plan_notes.jinja", answer=plan).splitlines():
         say(note)
@@ -86,15 +84,12 @@ def check(
     as_json: bool = False,
 ) -> None:
     """Look at every row before anything trains; exit 1 if some cannot be used."""
-    from llavakd.data.check import check_source
-    from llavakd.preflight import check_recipe
-
     if recipe and not (data or write_clean):
         loaded = config.load_recipe(recipe, overrides or [])
-        found = check_recipe(loaded, out or Path("runs") / loaded.name, fast=fast, workers=workers)
+        found = llavakd.check_recipe(loaded, out or Path("runs") / loaded.name, fast=fast, workers=workers)
     elif data and not recipe:
         source = config.DataConfig(path=str(data), images=str(images) if images else None)
-        found = {data.name: check_source(source, fast=fast, workers=workers, clean=write_clean)}
+        found = {data.name: llavakd.check_source(source, fast=fast, workers=workers, clean=write_clean)}
     else:
         raise UserError("give either a recipe or --data FILE; --write-clean goes with --data")
     if report:
@@ -136,10 +131,7 @@ def evaluate(
     except ImportError as error:
         how = "pip install 'llava-kd[eval]' and then pip install --no-deps lmms-eval==0.7.3"
         raise UserError(f"--tasks: {error}; run {how}") from error
-    from llavakd.models.student import template_of
-    from llavakd.pipeline import evaluate_folder
-
-    source, form = config.TeacherConfig(path=model, dtype="float32"), template or template_of(model)
+    source, form = config.TeacherConfig(path=model, dtype="float32"), template or llavakd.template_of(model)
     questions = config.DataConfig(path=str(data or ""), images=str(images) if images else None, template=form)
     asked = config.EvaluationConfig(data="data", metric=metric, batch_size=batch_size, max_new_tokens=max_new_tokens)
     if tasks:
@@ -147,7 +139,7 @@ def evaluate(
         row = evaluate_tasks(source, names, questions, asked, out, include=include, limit=limit)
         _show("benchmarks.md.jinja", row, as_json)
     else:
-        _show("results.md.jinja", evaluate_folder(source, questions, asked, out, limit=limit), as_json)
+        _show("results.md.jinja", llavakd.evaluate_folder(source, questions, asked, out, limit=limit), as_json)
 
 
 def report(runs: list[Path], out: Path | None = None) -> None:
@@ -159,9 +151,7 @@ def report(runs: list[Path], out: Path | None = None) -> None:
 
 def convert(source: Path, target: Path, tokenizer: str | None = None, vision_tower: str | None = None) -> None:
     """Write a checkpoint of another project as a transformers folder that computes the same."""
-    from llavakd.models.tinyllava import convert as convert_checkpoint
-
-    typer.echo(convert_checkpoint(source, target, tokenizer=tokenizer, vision_tower=vision_tower))
+    typer.echo(llavakd.convert(source, target, tokenizer=tokenizer, vision_tower=vision_tower))
 
 
 def export(
@@ -170,25 +160,19 @@ def export(
     """Write a trained model as a plain transformers folder with a model card, its logits compared before and after."""
     from huggingface_hub import HfApi
 
-    from llavakd.export import export_model, push_folder
-
-    typer.echo(export_model(model, target, dtype=dtype, license=license))
+    typer.echo(llavakd.export_model(model, target, dtype=dtype, license=license))
     if push:
-        typer.echo(push_folder(target, push, HfApi()))
+        typer.echo(llavakd.push_folder(target, push, HfApi()))
 
 
 def chat(model: str, image: Path, question: str | None = None, max_new_tokens: int = 512) -> None:
     """Ask a model about a picture."""
-    from llavakd.chat import ask_about
-
-    ask_about(model, image, question, max_new_tokens=max_new_tokens)
+    llavakd.ask_about(model, image, question, max_new_tokens=max_new_tokens)
 
 
 def demo(models: list[str], host: str = "127.0.0.1", port: int = 7860, max_upload: int = 10) -> None:
     """Serve a page on which up to three models answer the same question side by side."""
-    from llavakd.demo import run_demo
-
-    run_demo(models, host=host, port=port, max_upload=max_upload)
+    llavakd.run_demo(models, host=host, port=port, max_upload=max_upload)
 
 
 def _described(function: Callable[..., None]) -> Callable[..., None]:
