@@ -329,10 +329,22 @@ def main() -> None:
         said = f"{line['part']}/{line['cell']} {line['seed']}: {line['accuracy']:.1%}, {line['seconds']:.0f} s"
         print(said, flush=True)
 
-    tasks = tasks_of(jobs, options.work, environment(options.jobs))
+    begun, told = time.perf_counter(), environment(options.jobs)
+    tasks = tasks_of(jobs, options.work, told)
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), quiet, (threads,)) as pool:
         failed = run(tasks, pool, slots=options.jobs, keep=keep, minutes=options.minutes)
+    sittings = options.out / "sittings.json"
+    known = json.loads(sittings.read_text(encoding="utf-8")) if sittings.is_file() else []
+    known.append(
+        {
+            "jobs": options.jobs,
+            "runs": len(jobs) - sum("/" in name for name in failed),
+            "seconds": time.perf_counter() - begun,
+            **told,
+        }
+    )
+    sittings.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     if failed:
         raise SystemExit("\n".join([f"{len(failed)} not run:", *failed]))
 

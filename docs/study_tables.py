@@ -25,6 +25,8 @@ STORED = "stored/response + visual, 16 ids at a quarter of a picture"
 # LLaVA-KD's ablation of stages, mean of ten benchmarks (Qwen1.5-4B -> 0.5B); one run each, no interval.
 PAPER = {"pt-sft": 54.7, "dpt-sft": 55.6, "pt-dft": 55.8, "dpt-dft": 55.9}
 PAPER |= {"pt-sft-dft": 56.6, "dpt-sft-dft": 57.9, "dpt-dft-dft": 58.0}
+# The same, of losses: in DPT, with SFT behind it (54.7 is PT-SFT), and in DFT, behind DPT and SFT.
+PAPER_DPT, PAPER_DFT = (54.7, 54.9, 55.1, 55.6), (None, 57.2, 57.7, 57.9)
 Line = dict[str, Any]
 
 
@@ -174,7 +176,7 @@ def losses() -> str:
     return table(["losses of `dpt` and `dft`", "right, %", "to the control", "p", "to the full loss", "p"], rows)
 
 
-def terms() -> str:
+def terms(prefix: str = "") -> str:
     """What each term adds to those before it."""
     steps = {
         "response KL, to cross-entropy": ("losses/response", CONTROL),
@@ -187,7 +189,8 @@ def terms() -> str:
         "`dpt` instead of `pt`, before `sft`, `dft`": (MAIN, "recipes/pt-sft-dft"),
         "`dft` instead of `sft`, after `dpt`, `sft`": (MAIN, "recipes/dpt-sft-sft"),
     }
-    return table(["what is added", "difference", "p"], [(what, *told(*pair)) for what, pair in steps.items()])
+    rows = [(what, *told(*(prefix + cell for cell in pair))) for what, pair in steps.items()]
+    return table(["what is added", "difference", "p"], rows)
 
 
 def beside_the_paper() -> str:
@@ -198,6 +201,19 @@ def beside_the_paper() -> str:
         rows.append((f"`{name}`", f"{score - PAPER['pt-sft']:+.1f}", *told(cell, "recipes/pt-sft")))
     rows.append(("`pt-sft-sft`", "not run", *told(CONTROL, "recipes/pt-sft")))
     return table(["recipe", "paper: ten benchmarks, points over `pt-sft`", "here: points over `pt-sft`", "p"], rows)
+
+
+def losses_of_the_paper() -> str:
+    """What each loss adds, the paper's points in either stage and ours in both at once."""
+    ours = (CONTROL, "losses/response", "losses/response + visual", MAIN)
+    rows = []
+    for number, what in enumerate(("response KL", "visual KL, beside it", "relation, beside both"), start=1):
+        paper = [
+            f"{after - before:+.1f}" if before and after else "no control"
+            for before, after in (scores[number - 1 : number + 1] for scores in (PAPER_DPT, PAPER_DFT))
+        ]
+        rows.append((what, *paper, *told(ours[number], ours[number - 1])))
+    return table(["added", "paper, in `dpt`", "paper, in `dft`", "here, in both", "p"], rows)
 
 
 def pairs(part: str, header: str, main: str = "") -> str:
@@ -257,9 +273,12 @@ def setting() -> str:
     one = lines[0]
     versions = ", ".join(f"{key} {one[key]}" for key in ("torch", "transformers", "accelerate"))
     commits = ", ".join(sorted({line["commit"] for line in lines}))
-    seconds = sum(line["seconds"] for line in lines)
+    hours = sum(line["seconds"] for line in lines) / 3600
+    sittings = json.loads((LINES / "study" / "sittings.json").read_text(encoding="utf-8"))
+    took = " and ".join(f"{sitting['seconds'] / 60:.1f}" for sitting in sittings)
+    told = f"{len(lines)} runs in {took} minutes, {sittings[0]['jobs']} at a time ({hours:.1f} hours one after another)"
     devices = ", ".join(sorted({line["device"] for line in lines}))
-    return f"{len(lines)} runs, {seconds / 3600:.1f} hours of runs one after another; {devices}; {versions}; commit {commits}.\n"
+    return f"{told}; {devices}; {versions}; commit {commits}.\n"
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -271,11 +290,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "study terms": terms,
     "study segments": segments,
     "study paper": beside_the_paper,
+    "study paper losses": losses_of_the_paper,
     "study answers": lambda: pairs("answers", "training answers", "30% wrong"),
     "study data": lambda: pairs("data", "scenes", "6,000 scenes"),
     "study students": lambda: pairs("students", "the student's language model", "4 x 128"),
     "study trials": trials,
     "study earlier": lambda: recipes(EARLIER),
+    "study earlier terms": lambda: terms(EARLIER),
     "study earlier answers": lambda: pairs(f"{EARLIER}answers", "training answers"),
     "study earlier data": lambda: pairs(f"{EARLIER}data", "scenes"),
     "study teachers": teachers,

@@ -200,6 +200,14 @@ def test_packs_take_the_place_of_micro_batches_of_rows():
         parse_recipe(tree)
 
 
+def test_layers_are_compiled_under_every_sharding_but_zero3():
+    tree = changed("compile", True)
+    for sharding in ("none", "student", "both", "zero2"):
+        assert parse_recipe(tree | {"sharding": sharding}).compile
+    with pytest.raises(RecipeError, match=r"compile: got true, but hooks of sharding zero3 .*; set sharding: zero2"):
+        parse_recipe(tree | {"sharding": "zero3"})
+
+
 def test_a_pack_must_have_room_for_a_row_of_each_source():
     tree = changed("stages.1.data", {"instruct": 1.0, "captions": 0.5})
     tree["stages"][1]["max_tokens_per_batch"] = 3000

@@ -165,7 +165,7 @@ class Recipe:
     world: WorldConfig | None = None
     precision: Literal["fp32", "bf16"] = "bf16"
     compile: bool = False
-    sharding: Literal["none", "student", "both"] = "none"
+    sharding: Literal["none", "student", "both", "zero2", "zero3"] = "none"
     gradient_checkpointing: bool = False
     cache_features: bool = False
     max_bad_rows: Share = 0.001

@@ -36,6 +36,7 @@ from llavakd.train.loop import lost_process, run_stage
 from llavakd.train.placement import join, place
 from llavakd.train.step import StudentModule, TrainState, build_optimizer, park_tower
 from llavakd.train.taught import INDEX, TaughtStore, key_of, write_taught
+from llavakd.train.zero import STAGES, ZeroAdamW
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +109,10 @@ def draw_world(recipe: Recipe, out: Path) -> None:
 
 
 def _make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
-    if other := [name for name in ("DEEPSPEED", "FSDP") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]:
-        raise UserError(f"accelerate is set up for {other[0]}; start with torchrun instead and set sharding: student")
+    ways = {"DEEPSPEED": "zero2 or zero3", "FSDP": "student"}
+    if other := [name for name in ways if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]:
+        told = f"accelerate is set up for {other[0]}"
+        raise UserError(f"{told}; start with torchrun instead and set sharding: {ways[other[0]]}")
     several, cuda = int(os.environ.get("WORLD_SIZE", 1)) > 1, torch.cuda.is_available()
     # Counts are summed on the CPU, so that no step waits for its device.
     groups = [InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl")] * (several and cuda)
@@ -176,7 +179,12 @@ def _train(run: Run, stage: StageConfig, before: StageConfig | None, cache: Any 
     vocab_size = pair.vocab_size if pair else stored.index["vocab_size"] if stored else None
     whole = StudentModule(student, stage, vocab_size)
     module = place(accelerator, whole, teacher.model if teacher else None, recipe.sharding)
-    optimizer = accelerator.prepare(build_optimizer(module, stage))
+    optimizer: Any = build_optimizer(module, stage)
+    if recipe.sharding in STAGES and accelerator.num_processes > 1:
+        optimizer = ZeroAdamW(module, optimizer, sharding=recipe.sharding, max_grad_norm=stage.max_grad_norm)
+        module = optimizer.engine
+    else:
+        optimizer = accelerator.prepare(optimizer)
     held: dict[str, Any] = {"module": module, "optimizer": optimizer, "student": student, "teacher": teacher}
     state = TrainState(accelerator=accelerator, **held, pair=pair, stage=stage, stored=stored)
     dataset = _dataset(run, state)
@@ -190,6 +198,8 @@ def _train(run: Run, stage: StageConfig, before: StageConfig | None, cache: Any 
     progress = run_stage(state, dataset, recipe, folder)
     for layer in narrow * accelerator.is_main_process:
         layer.base_layer = layer.base_layer.widened()
+    if isinstance(optimizer, ZeroAdamW):
+        optimizer.close()
     join(module, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
         student.model.tie_weights()

@@ -5,19 +5,28 @@ import sys
 from pathlib import Path
 
 from accelerate import Accelerator
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 
 from llavakd.config import load_recipe
 from llavakd.models.student import build_student, load_teacher
 from llavakd.train.placement import place
 from llavakd.train.step import StudentModule, build_optimizer
+from llavakd.train.zero import STAGES, ZeroAdamW
 
 
 def held(module: nn.Module) -> int:
-    """Numbers in this process's memory."""
-    weights = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in module.parameters()]
-    return sum(weight.numel() for weight in weights)
+    """Numbers in this process's memory, without those that even out ZeRO-3's shards."""
+    return sum(map(own, module.parameters()))
+
+
+def own(weight: nn.Parameter) -> int:
+    """Of one weight."""
+    if not hasattr(weight, "ds_id"):
+        return (weight.to_local() if isinstance(weight, DTensor) else weight).numel()
+    assert weight.numel() == 0, "ZeRO-3 has let go of the whole"
+    part, rank = weight.ds_tensor.numel(), distributed.get_rank()
+    return max(0, min(part, weight.ds_numel - rank * part))
 
 
 def main() -> None:
@@ -30,10 +39,15 @@ def main() -> None:
     layers = held(teacher.parts()["language_model"].layers)
     accelerator = Accelerator(cpu=True)
     module = place(accelerator, StudentModule(student, stage, None), teacher.model, sys.argv[1])
-    learning = build_optimizer(module, stage).param_groups
-    moving = sum(held(nn.ParameterList(group["params"])) for group in learning)
+    optimizer = build_optimizer(module, stage)
+    if sys.argv[1] in STAGES:
+        zero = ZeroAdamW(module, optimizer, sharding=sys.argv[1], max_grad_norm=1.0)
+        moving = sum(moments["exp_avg"].numel() for moments in zero.shards.values())
+    else:
+        moving = sum(held(nn.ParameterList(group["params"])) for group in optimizer.param_groups)
     told = {"tower": tower, "layers": layers, "whole": parts, "moving": moving}
-    print(json.dumps(told | {"held": [held(student.model), held(teacher.model)]}))
+    placed = nn.ModuleList([*student.parts().values(), student.model.lm_head])  # of which DeepSpeed knows no frozen tower
+    print(json.dumps(told | {"held": [held(placed), held(teacher.model)]}))
     accelerator.end_training()
 
 

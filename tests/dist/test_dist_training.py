@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,11 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from torch import nn
 
 from llavakd.config import load_recipe
 from llavakd.errors import UserError
 from llavakd.models.student import load_student
 from llavakd.pipeline import run_pipeline
+from llavakd.train.zero import ZeroAdamW
 
 pytestmark = pytest.mark.dist
 
@@ -36,6 +40,15 @@ def mixed_tree(tiny):
     tree["data"]["mixed"]["max_length"] = 200
     tree["save_every"] = 1
     return tree
+
+
+def untied(language_model: Path, folder: Path) -> Path:
+    """A copy of a language model with a head of its own."""
+    shutil.copytree(language_model, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["tie_word_embeddings"]
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}), encoding="utf-8")
+    return folder
 
 
 def torchrun(recipe, out):
@@ -112,21 +125,25 @@ def assert_same_run(run: Path, other: Path):
 
 
 @pytest.mark.parametrize(
-    ("sharding", "dealt"), [("none", "rows"), ("none", "packs"), ("student", "rows"), ("both", "packs")]
+    ("sharding", "dealt"),
+    [("none", "rows"), ("none", "packs"), ("student", "rows"), ("both", "packs"), ("zero2", "rows"), ("zero3", "rows")],
 )
 def test_two_processes_equal_one_in_every_part_of_the_loss_and_every_weight(tiny, command, tmp_path, sharding, dealt):
     """One process at once, two in micro-batches of one row, or in packs, of which they have unequally many.
 
-    With shards there are also a tower that learns, low-rank updates, and layers computed twice; without, a base in 4 bits.
+    With shards there are also a tower that learns, low-rank updates, layers computed twice, and, once, a head that is not
+    the embedding; without, a base in 4 bits.
     """
     tree = mixed_tree(tiny) | {"sharding": sharding}  # of which one process has no use
     if (sharding, dealt) == ("none", "rows"):
         tree["stages"][1] |= {"lora_rank": 4, "lora_base": "nf4"}
-    if sharding == "student":
+    if sharding in ("student", "zero2", "zero3"):
         tree["stages"][2]["train"].append("vision_tower")
-    if sharding == "both":
+    if sharding in ("both", "zero2", "zero3"):
         tree["stages"][1]["lora_rank"] = 4
         tree["gradient_checkpointing"] = True
+    if sharding == "zero3":
+        tree["student"]["language_model"] = str(untied(tiny.language_model, tmp_path / "untied"))
     alone = command("train", tiny.recipe(tmp_path / "alone.yaml", tree), "--out", tmp_path / "alone")
     assert alone.code == 0, alone.err
     for stage in tree["stages"]:
@@ -162,7 +179,7 @@ def wait_for(path: Path, process: subprocess.Popen):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("sharding", "victim"), [("none", 0), ("both", 1)])
+@pytest.mark.parametrize(("sharding", "victim"), [("none", 0), ("both", 1), ("zero2", 1), ("zero3", 0)])
 def test_a_lost_process_ends_the_other_and_one_alone_goes_on(alone, command, tmp_path, sharding, victim):
     recipe, whole = alone
     run = ("train", recipe, f"sharding={sharding}", "--out", tmp_path / "run")
@@ -183,7 +200,8 @@ def test_a_lost_process_ends_the_other_and_one_alone_goes_on(alone, command, tmp
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_two_processes_go_on_in_shards_where_one_was_killed(alone, command, tmp_path):
+@pytest.mark.parametrize("sharding", ["student", "zero2", "zero3"])
+def test_two_processes_go_on_in_shards_where_one_was_killed(alone, tmp_path, sharding):
     recipe, whole = alone
     process = subprocess.Popen(
         [sys.executable, "-m", "llavakd", "train", str(recipe), "--out", str(tmp_path / "run")],
@@ -193,23 +211,23 @@ def test_two_processes_go_on_in_shards_where_one_was_killed(alone, command, tmp_
     wait_for(tmp_path / "run" / "dft" / "checkpoints" / "step-1", process)
     process.kill()
     process.wait()
-    run = ("train", recipe, "sharding=student", "--out", tmp_path / "run")
+    run = ("train", recipe, f"sharding={sharding}", "--out", tmp_path / "run")
     for code, _, err in finish(start_two("-m", "llavakd", *run)):
         assert code == 0, err
     assert_same_run(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("sharding", ["student", "both"])
+@pytest.mark.parametrize("sharding", ["student", "both", "zero2", "zero3"])
 def test_what_is_sharded_is_held_by_halves(alone, sharding):
     recipe, _ = alone
     found = []
     for code, out, err in finish(start_two(Path(__file__).parent / "shard_sizes.py", sharding, recipe)):
         assert code == 0, err
-        found.append(json.loads(out))
+        found.append(json.loads(out.splitlines()[-1]))
     (student, teacher), tower, layers = found[0]["whole"], found[0]["tower"], found[0]["layers"]
     held = [sum(numbers) for numbers in zip(*(one["held"] for one in found), strict=True)]
-    twice = teacher if sharding == "student" else teacher - layers
-    assert held == [student + tower, teacher + twice]
+    twice = teacher - layers if sharding == "both" else teacher
+    assert held == [2 * student if sharding == "zero2" else student + tower, teacher + twice]
     moving = [one["moving"] for one in found]
     assert sum(moving) == student - tower
     assert max(moving) < 0.55 * sum(moving)
@@ -251,8 +269,55 @@ def test_two_processes_quantise_alike_and_refuse_together(tiny, command, tmp_pat
     assert "max_drift is 0.0" in err
 
 
-@pytest.mark.parametrize("wrapper", ["DEEPSPEED", "FSDP"])
-def test_wrappers_of_accelerates_own_are_refused(alone, tmp_path, monkeypatch, wrapper):
+def test_products_under_autocast_are_those_without_shards(alone, command, tmp_path):
+    tree = yaml.safe_load(alone[0].read_text(encoding="utf-8")) | {"precision": "bf16"}
+    del tree["stages"][:-1]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    done = command("train", recipe, "--out", tmp_path / "whole")
+    assert done.code == 0, done.err
+    for code, _, err in finish(start_two("-m", "llavakd", "train", recipe, "sharding=zero3", "--out", tmp_path / "run")):
+        assert code == 0, err
+    steps, others = (
+        [json.loads(line) for line in (tmp_path / name / "dft" / "metrics.jsonl").read_text("utf-8").splitlines()]
+        for name in ("whole", "run")
+    )
+    for step, other in zip(steps, others, strict=True):
+        assert other["loss"] == pytest.approx(step["loss"], rel=2e-6)
+        assert other["grad_norm"] == pytest.approx(step["grad_norm"], rel=2e-6)
+
+
+@pytest.mark.parametrize("sharding", ["zero2", "zero3"])
+def test_deepspeed_changes_no_setting_and_keeps_no_model(alone, tmp_path, sharding):
+    script = Path(__file__).parent / "zero_traces.py"
+    for code, out, err in finish(
+        start_two(script, "train", alone[0], f"sharding={sharding}", "--out", tmp_path / "run")
+    ):
+        assert code == 0, err
+        assert "Warning" not in err
+        told = json.loads(out.splitlines()[-1])
+        assert told == {"changed": [], "stages": 3, "kept": 0}
+
+
+@pytest.mark.parametrize("sharding", ["zero2", "zero3"])
+def test_a_gradient_that_is_not_finite_ends_both_processes(alone, tmp_path, sharding):
+    changes = (f"sharding={sharding}", "stages.dpt.learning_rate=1.0e30")
+    processes = start_two("-m", "llavakd", "train", alone[0], *changes, "--out", tmp_path / "run")
+    for code, _, err in finish(processes):
+        assert code == 1
+        assert "Traceback" not in err
+        assert "stage dpt, step 1: gradient norm is inf, parts {'ce': " in err
+
+
+def test_without_deepspeed_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    layer = nn.Linear(2, 2)
+    with pytest.raises(UserError, match=r"sharding: zero3 needs deepspeed; .* 'llava-kd\[deepspeed\]'"):
+        ZeroAdamW(layer, torch.optim.AdamW(layer.parameters()), sharding="zero3", max_grad_norm=1.0)
+
+
+@pytest.mark.parametrize(("wrapper", "named"), [("DEEPSPEED", "zero2 or zero3"), ("FSDP", "student")])
+def test_wrappers_of_accelerates_own_are_refused(alone, tmp_path, monkeypatch, wrapper, named):
     monkeypatch.setenv(f"ACCELERATE_USE_{wrapper}", "true")  # as `accelerate launch` does by its configuration
-    with pytest.raises(UserError, match=f"{wrapper}; start with torchrun instead and set sharding"):
+    with pytest.raises(UserError, match=f"{wrapper}; start with torchrun instead and set sharding: {named}"):
         run_pipeline(load_recipe(alone[0]), tmp_path)

@@ -28,19 +28,20 @@ def linear(out: int, into: int) -> nn.Linear:
     return layer
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 700])
-def test_a_layer_is_that_of_its_rounded_weight_and_small(tokens):
+@pytest.mark.parametrize(("out", "into"), [(1024, 2048), (341, 128), (128, 341)])
+@pytest.mark.parametrize("tokens", [1, 16, 200, 700])
+def test_a_layer_is_that_of_its_rounded_weight_and_small(tokens, out, into):
     before = torch.cuda.memory_allocated()
-    held = NF4Linear(linear(1024, 2048), torch.device("cuda"))
-    assert torch.cuda.memory_allocated() - before < 0.55 * 1024 * 2048
+    held = NF4Linear(linear(out, into), torch.device("cuda"))
+    assert torch.cuda.memory_allocated() - before < 0.55 * out * into + 4096
     held.to("cuda")
-    x = torch.randn(2, tokens, 2048, device="cuda", requires_grad=True)
+    x = torch.randn(2, tokens, into, device="cuda", requires_grad=True)
     with torch.autocast("cuda", torch.bfloat16):
         y = held(x)
     assert y.dtype == torch.bfloat16
-    outward = torch.randn(2, tokens, 1024, device="cuda").bfloat16()
+    outward = torch.randn(2, tokens, out, device="cuda").bfloat16()
     y.backward(outward)
-    plain = NF4Linear(linear(1024, 2048), torch.device("cuda")).widened()
+    plain = NF4Linear(linear(out, into), torch.device("cuda")).widened()
     weight = plain.weight.double().cuda()
     for found, wanted in (
         (y, x.double() @ weight.T + plain.bias.double().cuda()),

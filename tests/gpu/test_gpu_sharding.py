@@ -43,8 +43,10 @@ def alone(tmp_path_factory):
     return run(folder, 1, "none"), folder
 
 
-@pytest.mark.parametrize("sharding", ["none", "student", "both"])
+@pytest.mark.parametrize("sharding", ["none", "student", "both", "zero2", "zero3"])
 def test_two_gpus_lose_what_one_loses(alone, tmp_path, sharding):
+    if sharding.startswith("zero"):
+        pytest.importorskip("deepspeed")
     lines, folder = alone
     found = run(tmp_path, 2, sharding)
     for stage in STAGES:

@@ -47,6 +47,7 @@ def compile_layers(student: nn.Module, *others: nn.Module, **options: Any) -> No
     torch.compiler.reset()  # what an earlier stage compiled counts against a limit
     learns = any(weight.requires_grad for weight in student.get_submodule("model.language_model").parameters())
     torch._functorch.config.activation_memory_budget = _KEPT if learns else 1.0
-    modules = [module for model in (student, *others) for module in model.modules()]
+    parts = [f"model.{part}" for part in ("vision_tower", "language_model")]
+    modules = [one for model in (student, *others) for part in parts for one in model.get_submodule(part).modules()]
     for layer in (layer for stack in modules if isinstance(stack, nn.ModuleList) for layer in stack):
         layer.compile(**options)

@@ -39,7 +39,9 @@ class NF4Linear(nn.Module):
             from bitsandbytes import functional, matmul_4bit
         except ImportError as error:
             raise UserError("lora_base: nf4 needs bitsandbytes; install it: pip install 'llava-kd[qlora]'") from error
-        weight, self.state = functional.quantize_nf4(linear.weight.detach().to(device), compress_statistics=True)
+        # 0.50's kernel stores outputs in pairs: of an odd number of them, every other row's would lie askew.
+        even = nn.functional.pad(linear.weight.detach().to(device), (0, 0, 0, linear.out_features % 2))
+        weight, self.state = functional.quantize_nf4(even, compress_statistics=True)
         self.multiply, self.dequantize = matmul_4bit, functional.dequantize_nf4
         self.weight, self.linear = nn.Parameter(weight, False), linear
         linear.register_parameter("weight", None)
@@ -48,11 +50,13 @@ class NF4Linear(nn.Module):
         """In autocast's dtype, where it is on; the float weight lives for the product only, and once more for its gradient."""
         kind, bias = x.device.type, self.linear.bias
         x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-        return self.multiply(x, self.weight, self.state, bias=bias if bias is None else bias.to(x.dtype))
+        y = self.multiply(x, self.weight, self.state)[..., : self.linear.out_features]
+        return y if bias is None else y + bias.to(y.dtype)
 
     def widened(self) -> nn.Linear:
         """The float32 layer that this one computed: its weight as it was rounded, on the CPU."""
-        self.linear.weight = nn.Parameter(self.dequantize(self.weight, self.state).cpu(), False)
+        weight = self.dequantize(self.weight, self.state)[: self.linear.out_features]
+        self.linear.weight = nn.Parameter(weight.cpu().contiguous(), False)
         return self.linear
 
 

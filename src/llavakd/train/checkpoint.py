@@ -13,12 +13,13 @@ import torch
 from accelerate.utils import recursively_apply
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from llavakd.errors import UserError
 from llavakd.progress import say
 from llavakd.train.placement import joined, like
+from llavakd.train.zero import gathered
 
 _MANIFEST = "manifest.json"
 
@@ -96,13 +97,14 @@ def load_checkpoint(path: Path, *, module: nn.Module, optimizer: Optimizer) -> d
     if names := sorted(stored.keys() ^ present.keys()):
         told = f"checkpoint {path} does not fit the model: {len(names)} tensors differ, first {names[0]!r}"
         raise UserError(f"{told}; use a new --out for another model")
-    for name, tensor in present.items():
-        tensor.copy_(like(stored[name], tensor))
     rest = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     for number, held in rest["optimizer"]["state"].items():
         held |= {name: like(value, weights[number]) for name, value in held.items() if value.dim()}
     optimizer.load_state_dict(rest["optimizer"])
+    for name, weight in present.items():
+        with gathered(weight):
+            weight.data.copy_(like(stored[name], weight))
     torch.set_rng_state(rest["rng"])
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
 
@@ -117,8 +119,8 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
-def _learning(module: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.data for name, parameter in module.named_parameters() if parameter.requires_grad}
+def _learning(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def _flush(path: Path) -> None:

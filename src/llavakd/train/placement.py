@@ -1,9 +1,11 @@
-"""Where weights live: whole on every process (DDP) or in shards (FSDP2), and how tensors go from the one to the other."""
+"""Where weights live: whole on every process (DDP) or in shards (FSDP2, ZeRO), and how tensors go from the one to the other."""
 
 from accelerate import Accelerator
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from llavakd.train.zero import STAGES, gathered
 
 
 def place(accelerator: Accelerator, module: nn.Module, teacher: nn.Module | None, sharding: str) -> nn.Module:
@@ -15,7 +17,9 @@ def place(accelerator: Accelerator, module: nn.Module, teacher: nn.Module | None
     if shards:
         module = accelerator.prepare_model(module, device_placement=False, evaluation_mode=True)  # autocast, no DDP
         tower, decoder = (module.get_submodule(f"model.model.{part}") for part in ("vision_tower", "language_model"))
-        _shard(module, decoder, device.type, kept=tower.to(device))  # where it is frozen, it runs before the module
+        tower.to(device)
+        if sharding not in STAGES:
+            _shard(module, decoder, device.type, kept=tower)  # where it is frozen, it runs before the module
     if shards and teacher and sharding == "both":
         decoder = teacher.get_submodule("model.language_model")
         _shard(decoder, decoder, device.type, kept=decoder)  # its embedding, perhaps the head, is used outside of it
@@ -34,14 +38,15 @@ def _shard(root: nn.Module, decoder: nn.Module, device: str, *, kept: nn.Module)
 
 def joined(tensor: Tensor, *, keep: bool) -> Tensor:
     """A tensor from its shards on all processes, which must all call; in the host's memory, or empty if not to be kept."""
-    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.cpu() if keep else full.new_empty(0)
+    with gathered(tensor):
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return full.detach().cpu() if keep else full.new_empty(0)
 
 
 def join(module: nn.Module, *, keep: bool) -> None:
     """Where they are kept, put `joined` weights in the place of a module's own; tied ones must be tied again."""
     for name, weight in list(module.named_parameters()):
-        (place, _, own), full = name.rpartition("."), joined(weight.detach(), keep=keep)
+        (place, _, own), full = name.rpartition("."), joined(weight, keep=keep)
         if keep:
             module.get_submodule(place).register_parameter(own, nn.Parameter(full))
 

@@ -18,6 +18,7 @@ from llavakd.errors import UserError
 from llavakd.losses.objective import Counts, Objective, count, objective
 from llavakd.models.alignment import Pair
 from llavakd.models.student import VisionLanguageModel, final_hidden, vision_features
+from llavakd.train.zero import ZeroAdamW
 from llavakd.transfer import sent
 
 
@@ -31,7 +32,9 @@ class StudentModule(nn.Module):
     def __init__(self, student: VisionLanguageModel, stage: StageConfig, vocab_size: int | None) -> None:
         super().__init__()
         self.model = student.model
-        self.picture = student.features_per_image, self.model.config.vision_config.hidden_size
+        vision, self.sees = self.model.config.vision_config, "vision_tower" in stage.train
+        features = student.features_per_image, vision.hidden_size
+        self.picture = (3, vision.image_size, vision.image_size) if self.sees else features
         self.aims: dict[str, Any] = {"losses": stage.losses, "reduction": stage.reduction, "vocab_size": vocab_size}
 
     def forward(
@@ -39,17 +42,17 @@ class StudentModule(nn.Module):
     ) -> Objective:
         """This micro-batch's share of the loss, given on the CPU; `features` None with pictures: the tower runs here."""
         visual = batch.segments == Segment.VISUAL
-        if features is None:  # without a picture those of one that no position takes: all processes run the same
+        if features is None:  # without a picture a blank one that no position takes: all processes run the same
             pixels, device = batch.pixel_values, self.model.lm_head.weight.device
-            blank = torch.zeros(1, *self.picture, device=device)
-            features = blank if pixels is None else vision_features(self.model, sent(pixels, device))
+            given = torch.zeros(1, *self.picture, device=device) if pixels is None else sent(pixels, device)
+            features = vision_features(self.model, given) if self.sees else given
         hidden = final_hidden(self.model, batch.input_ids, batch.attention_mask, visual, features, batch.position_ids)
         what: dict[str, Any] = {"labels": batch.labels, "visual": batch.visual, "image_rows": batch.image_rows}
         what |= {"position_ids": batch.position_ids, "counts": counts, "taught": batch.taught}
         result = objective(hidden, self.model.lm_head.weight, taught, teacher_head, **what, **self.aims)
-        # All of a tower that learns gets a gradient, of zero without a picture and past the selected layer.
-        tower = (weight for weight in self.model.model.vision_tower.parameters() if weight.requires_grad)
-        return result._replace(total=result.total + sum(0.0 * weight.sum() for weight in tower))
+        # All of a tower that learns gets a gradient, of zero past the selected layer; what ZeRO-3 let go of is empty by now.
+        tower = [weight for weight in self.model.model.vision_tower.parameters() if weight.requires_grad]
+        return result._replace(total=result.total + sum(0.0 * weight.sum() for weight in tower if weight.numel()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,15 +82,15 @@ class StepResult(NamedTuple):
 
 def train_step(state: TrainState, micro_batches: Sequence[Batch], *, step: int) -> StepResult:
     """Forward and backward over this rank's micro-batches, which lie on the CPU, clip, update; no wait for the device."""
-    accelerator = state.accelerator
+    accelerator, zero = state.accelerator, state.optimizer.engine if isinstance(state.optimizer, ZeroAdamW) else None
     counts, counted, passes = _count(accelerator, micro_batches)
     sums: dict[str, Any] = {}
     for number in range(1, passes + 1):  # as many on every process; those beyond its own micro-batches weigh nothing
         batch, share = micro_batches[min(number, len(micro_batches)) - 1], int(number <= len(micro_batches))
-        with contextlib.nullcontext() if number == passes else accelerator.no_sync(state.module):
+        with contextlib.nullcontext() if zero or number == passes else accelerator.no_sync(state.module):
             result = _forward(state, batch, counts)
             # Wrappers average gradients over processes; the division is already global, so undo it here, once.
-            accelerator.backward(result.total * (share * accelerator.num_processes))
+            (zero or accelerator).backward(result.total * (share * accelerator.num_processes))
         for name, value in {"loss": result.total.detach(), **result.parts}.items():
             sums[name] = sums.get(name, 0) + value * share
     sums = accelerator.reduce(sums)
@@ -95,6 +98,8 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch], *, step: int) 
     grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
     state.optimizer.step()
     state.optimizer.zero_grad()
+    if zero:  # which clips by itself, and tells inf where the gradient is not finite
+        grad_norm = torch.as_tensor(zero.get_global_grad_norm(), dtype=torch.float32, device=accelerator.device)
     rows = [name for batch in micro_batches for name in batch.sample_ids[:4]]
     return StepResult(step, sums.pop("loss"), sums, grad_norm, counted, rows)
 
