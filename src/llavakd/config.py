@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import to_json
 
 from llavakd.errors import RecipeError, nearest
+from llavakd.templates import render
 
 Part = Literal["vision_tower", "projector", "language_model"]
 TemplateName = Literal["pretrain", "vicuna_v1", "chatml"]
@@ -206,7 +207,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def parse_recipe(tree: dict[str, Any]) -> Recipe:
     """Turn a plain tree of dicts and lists into a checked Recipe; raises RecipeError."""
     recipe = checked(Recipe, tree)
-    if problems := list(_problems(recipe)):
+    problems = render("recipe_problems.jinja", recipe=recipe, nearest=nearest).splitlines()
+    for name, source in recipe.data.items():
+        group = source.subset.group if source.subset else ""
+        try:
+            re.compile(group)
+        except re.error as error:
+            problems.append(f"data.{name}.subset.group: {group!r} is no regular expression: {error}")
+    if problems:
         raise RecipeError("\n".join(problems))
     return recipe
 
@@ -299,53 +307,3 @@ def _owner(place: list[Any], kind: Any = Recipe) -> Any:
     hint = get_type_hints(kind)[place[0]]
     inner = next(part for part in (hint, *get_args(hint)) if is_dataclass(part))
     return _owner(place[2 if get_origin(hint) in (dict, tuple) else 1 :], inner)
-
-
-def _problems(recipe: Recipe) -> Iterator[str]:
-    """Why a recipe whose keys and values are right one by one cannot make a run."""
-    names = [stage.name for stage in recipe.stages]
-    for name in {name for name in names if names.count(name) > 1}:
-        yield f"stages: two stages are called {name!r}; every stage writes its own folder, rename one"
-    if recipe.compile and recipe.sharding == "zero3":
-        yield "compile: got true, but hooks of sharding zero3 would be compiled anew all the time; set sharding: zero2"
-    read = [("evaluation", recipe.evaluation.data)] if recipe.evaluation else []
-    for index, stage in enumerate(recipe.stages):
-        place = f"stages.{index} ({stage.name})"
-        yield from (f"{place}.{problem}" for problem in _stage_problems(stage, recipe))
-        read += [(place, name) for name in stage.sources]
-    for place, name in read:
-        if name not in recipe.data:
-            yield f"{place}.data: no source {name!r} under data{nearest(name, recipe.data)}"
-    for name, source in recipe.data.items():
-        group = source.subset.group if source.subset else ""
-        try:
-            re.compile(group)
-        except re.error as error:
-            yield f"data.{name}.subset.group: {group!r} is no regular expression: {error}"
-
-
-def _stage_problems(stage: StageConfig, recipe: Recipe) -> Iterator[str]:
-    losses, weights, micro = stage.losses, stage.losses.weights, stage.micro_batch_size
-    if stage.lora_rank and "language_model" not in stage.train:
-        yield f"lora_rank: updates the language model, but train is {', '.join(stage.train)}; add language_model"
-    if stage.lora_base == "nf4" and not (stage.lora_rank and recipe.sharding == "none"):
-        found = f"lora_rank {stage.lora_rank} and sharding {recipe.sharding}"
-        yield f"lora_base: got nf4 with {found}; give a lora_rank and sharding: none, or lora_base: float32"
-    stored = losses.distils and recipe.teacher and recipe.teacher.cache
-    plain = (losses.divergence, losses.temperature, losses.relation) == ("forward_kl", 1, 0)
-    if stored and (recipe.cache_features or not plain):
-        told = "forward_kl at temperature 1, without relation, and no cache_features, for it finds rows by their pixels"
-        yield f"losses: a teacher.cache serves {told}; change them or remove it"
-    if not any(weights.values()):
-        yield f"losses: every weight is 0; give at least one of {', '.join(weights)} a weight"
-    if losses.distils and not recipe.teacher:
-        part = next(part for part, weight in weights.items() if weight and part != "ce")
-        yield f"losses.{part}: distils, but the recipe has no `teacher`; add teacher: {{path: ...}} or set the weight to 0"
-    if micro and stage.global_batch_size % micro:
-        yield f"micro_batch_size: got {micro}, expected a divisor of global_batch_size {stage.global_batch_size}"
-    most = stage.max_tokens_per_batch or 0
-    if micro and most:
-        yield "max_tokens_per_batch: stands beside micro_batch_size, which it replaces; remove one of them"
-    for name in stage.sources.keys() & recipe.data if most else ():
-        if (longest := recipe.data[name].max_length) > most:
-            yield f"max_tokens_per_batch: got {most}, less than max_length {longest} of data.{name}; make it that at least"

@@ -26,7 +26,7 @@ from llavakd.data.chat import ChatRenderer, Segment
 from llavakd.data.samples import IMAGE_TAG, load_samples
 from llavakd.errors import UserError, nearest
 from llavakd.losses.rows import GRADIENT_CHUNKS, rows_at_once
-from llavakd.models.parts import FAMILIES, load
+from llavakd.models.parts import load
 from llavakd.models.quantized import QuantizedLinear, quantize
 from llavakd.models.student import VisionLanguageModel, final_hidden, outline, student_config, vision_features
 from llavakd.templates import render
@@ -64,10 +64,7 @@ def plan_run(
     recipe = resolve_paths(recipe, Path("runs") / recipe.name)
     models = {"student": outline(student_config(recipe.student))}
     if recipe.teacher and not recipe.teacher.cache and any(stage.losses.distils for stage in recipe.stages):
-        config = load(AutoConfig, recipe.teacher.path, key="teacher.path")
-        if (kind := config.model_type) not in FAMILIES:
-            raise UserError(f"teacher.path: {recipe.teacher.path} is a {kind!r}, expected {' or '.join(FAMILIES)}")
-        models["teacher"] = outline(config)
+        models["teacher"] = outline(load(AutoConfig, recipe.teacher.path, key="teacher.path"))
         if recipe.teacher.quantize != "none":
             quantize(models["teacher"], recipe.teacher.quantize)
     towers = [_forward_flops(model, model.tokens_per_image, 0, 0)[0] for model in models.values()]

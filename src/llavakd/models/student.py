@@ -135,7 +135,10 @@ def student_config(config: StudentConfig, image_processor: Any = None, *, vision
 
 
 def outline(config: Any, tokenizer: Any = None, image_processor: Any = None) -> VisionLanguageModel:
-    """A model on the meta device: all but the weights, float32."""
+    """A model on the meta device: all but the weights, float32; raises ModelError for a kind that is not of FAMILIES."""
+    if config.model_type not in FAMILIES or not hasattr(config, "image_seq_length"):
+        told = f"{config.name_or_path} holds a {config.model_type!r} model, expected one of {', '.join(FAMILIES)}"
+        raise ModelError(f"{told}; give a folder that LlavaForConditionalGeneration wrote")
     with torch.device("meta"):
         model = FAMILIES[config.model_type](config).float()  # parts take the dtype that their config names
     return VisionLanguageModel(model=model, tokenizer=tokenizer, image_processor=image_processor)
@@ -156,11 +159,9 @@ def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu") -> V
 
 def outline_folder(folder: str) -> VisionLanguageModel:
     """What `load_student` would load, without weights; raises ModelError."""
-    config = parts.load(AutoConfig, folder)
-    if config.model_type not in FAMILIES or not hasattr(config, "image_seq_length"):
-        told = f"{folder} holds a {config.model_type!r} model, expected one of {', '.join(FAMILIES)}"
-        raise ModelError(f"{told}; give a folder that LlavaForConditionalGeneration wrote")
-    return outline(config, parts.load(AutoTokenizer, folder), parts.load_image_processor(folder))
+    whole = outline(parts.load(AutoConfig, folder))
+    readers = {"tokenizer": parts.load(AutoTokenizer, folder), "image_processor": parts.load_image_processor(folder)}
+    return dataclasses.replace(whole, **readers)
 
 
 def template_of(folder: str) -> Any:
