@@ -34,9 +34,8 @@ from llavakd.shapes import write_world
 from llavakd.train.checkpoint import contents, write_folder, write_text
 from llavakd.train.loop import lost_process, run_stage
 from llavakd.train.placement import join, place
-from llavakd.train.step import StudentModule, TrainState, build_optimizer, park_tower
+from llavakd.train.step import StudentModule, TrainState, park_tower
 from llavakd.train.taught import INDEX, TaughtStore, key_of, write_taught
-from llavakd.train.zero import STAGES, ZeroAdamW
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,13 +177,7 @@ def _train(run: Run, stage: StageConfig, before: StageConfig | None, cache: Any 
     drift = _quantize(run, stage, teacher)
     vocab_size = pair.vocab_size if pair else stored.index["vocab_size"] if stored else None
     whole = StudentModule(student, stage, vocab_size)
-    module = place(accelerator, whole, teacher.model if teacher else None, recipe.sharding)
-    optimizer: Any = build_optimizer(module, stage)
-    if recipe.sharding in STAGES and accelerator.num_processes > 1:
-        optimizer = ZeroAdamW(module, optimizer, sharding=recipe.sharding, max_grad_norm=stage.max_grad_norm)
-        module = optimizer.engine
-    else:
-        optimizer = accelerator.prepare(optimizer)
+    module, optimizer = place(accelerator, whole, teacher.model if teacher else None, stage, recipe.sharding)
     held: dict[str, Any] = {"module": module, "optimizer": optimizer, "student": student, "teacher": teacher}
     state = TrainState(accelerator=accelerator, **held, pair=pair, stage=stage, stored=stored)
     dataset = _dataset(run, state)
@@ -198,9 +191,7 @@ def _train(run: Run, stage: StageConfig, before: StageConfig | None, cache: Any 
     progress = run_stage(state, dataset, recipe, folder)
     for layer in narrow * accelerator.is_main_process:
         layer.base_layer = layer.base_layer.widened()
-    if isinstance(optimizer, ZeroAdamW):
-        optimizer.close()
-    join(module, keep=accelerator.is_main_process)
+    join(module, optimizer, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
         student.model.tie_weights()
         if updates:

@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from llavakd.config import load_recipe
 from llavakd.models.student import build_student, load_teacher
 from llavakd.train.placement import place
-from llavakd.train.step import StudentModule, build_optimizer
-from llavakd.train.zero import STAGES, ZeroAdamW
+from llavakd.train.step import StudentModule
+from llavakd.train.zero import ZeroAdamW
 
 
 def held(module: nn.Module) -> int:
@@ -38,11 +38,9 @@ def main() -> None:
     tower, *parts = [held(part) for part in (student.parts()["vision_tower"], student.model, teacher.model)]
     layers = held(teacher.parts()["language_model"].layers)
     accelerator = Accelerator(cpu=True)
-    module = place(accelerator, StudentModule(student, stage, None), teacher.model, sys.argv[1])
-    optimizer = build_optimizer(module, stage)
-    if sys.argv[1] in STAGES:
-        zero = ZeroAdamW(module, optimizer, sharding=sys.argv[1], max_grad_norm=1.0)
-        moving = sum(moments["exp_avg"].numel() for moments in zero.shards.values())
+    _, optimizer = place(accelerator, StudentModule(student, stage, None), teacher.model, stage, sys.argv[1])
+    if isinstance(optimizer, ZeroAdamW):
+        moving = sum(moments["exp_avg"].numel() for moments in optimizer.shards.values())
     else:
         moving = sum(held(nn.ParameterList(group["params"])) for group in optimizer.param_groups)
     told = {"tower": tower, "layers": layers, "whole": parts, "moving": moving}

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from llavakd import cli, pipeline
-from llavakd.train import zero
+from llavakd import cli
+from llavakd.train import placement, zero
 
 
 def settings() -> dict[str, str]:
@@ -38,7 +38,7 @@ def main() -> None:
             after = settings()
             changed.update(name for name in before if before[name] != after[name])
 
-    pipeline.ZeroAdamW = Watched
+    placement.ZeroAdamW = Watched
     try:
         cli.main()
     except SystemExit as ended:

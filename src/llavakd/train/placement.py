@@ -4,13 +4,19 @@ from accelerate import Accelerator
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
-from llavakd.train.zero import STAGES, gathered
+from llavakd.config import StageConfig
+from llavakd.train.step import build_optimizer
+from llavakd.train.zero import STAGES, ZeroAdamW, gathered
 
 
-def place(accelerator: Accelerator, module: nn.Module, teacher: nn.Module | None, sharding: str) -> nn.Module:
+def place(
+    accelerator: Accelerator, module: nn.Module, teacher: nn.Module | None, stage: StageConfig, sharding: str
+) -> tuple[nn.Module, Optimizer]:
     """Bring the student's module and the teacher to the device, as `sharding` says; a process alone holds both whole.
 
+    Returns the module that is to be called, and its AdamW.
     Shards are float32 under autocast, as in DDP: a policy of FSDP's would round the weights of norms, for other losses.
     """
     device, shards = accelerator.device, sharding != "none" and accelerator.num_processes > 1
@@ -25,7 +31,12 @@ def place(accelerator: Accelerator, module: nn.Module, teacher: nn.Module | None
         _shard(decoder, decoder, device.type, kept=decoder)  # its embedding, perhaps the head, is used outside of it
     if teacher:
         teacher.to(device)
-    return module if shards else accelerator.prepare(module)
+    module = module if shards else accelerator.prepare(module)
+    optimizer = build_optimizer(module, stage)
+    if shards and sharding in STAGES:
+        zero = ZeroAdamW(module, optimizer, sharding=sharding, max_grad_norm=stage.max_grad_norm)
+        return zero.engine, zero
+    return module, accelerator.prepare(optimizer)
 
 
 def _shard(root: nn.Module, decoder: nn.Module, device: str, *, kept: nn.Module) -> None:
@@ -43,8 +54,10 @@ def joined(tensor: Tensor, *, keep: bool) -> Tensor:
         return full.detach().cpu() if keep else full.new_empty(0)
 
 
-def join(module: nn.Module, *, keep: bool) -> None:
-    """Where they are kept, put `joined` weights in the place of a module's own; tied ones must be tied again."""
+def join(module: nn.Module, optimizer: Optimizer, *, keep: bool) -> None:
+    """After the last step, where they are kept, put `joined` weights in the place of the module's; tied ones must be tied again."""
+    if isinstance(optimizer, ZeroAdamW):
+        optimizer.close()
     for name, weight in list(module.named_parameters()):
         (place, _, own), full = name.rpartition("."), joined(weight, keep=keep)
         if keep:
