@@ -42,9 +42,10 @@ def cells() -> dict[str, dict[int, Line]]:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
-    """A Markdown table; all but the first columns are figures."""
+    """A Markdown table; all but the first columns are figures, each on one line."""
     rule = ["---"] * text_columns + ["--:"] * (len(header) - text_columns)
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *rows))
+    text = "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *rows))
+    return text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}").replace("< 0", "<\N{NO-BREAK SPACE}0")
 
 
 def shares(cell: str, value: Callable[[Line], float] = lambda line: line["accuracy"]) -> dict[int, float]:
