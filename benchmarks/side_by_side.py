@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,15 @@ def run(
         for task in list(waiting) if time.monotonic() < end else ():
             made = {path for _, path in running.values() if path}
             if len(running) < slots and task.first not in made and all(path.exists() for path in task.needs):
-                running[pool.submit(task.call, *task.arguments)] = (task, task.first)
+                try:
+                    running[pool.submit(task.call, *task.arguments)] = (task, task.first)
+                except BrokenExecutor:  # one of its processes was killed, and the others with it
+                    end = time.monotonic()
+                    break
                 waiting.remove(task)
         if not running:
             late = time.monotonic() >= end
-            return failed + [f"{task.name}: {'no time left' if late else 'not what it needs'}" for task in waiting]
+            return failed + [f"{task.name}: {'not begun in time' if late else 'not what it needs'}" for task in waiting]
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             task, _ = running.pop(future)
             if error := future.exception():

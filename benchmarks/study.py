@@ -317,13 +317,21 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     done = set() if options.cell else known_lines(options.out)
     places = [(part, name) for part in options.parts for name in CELLS[part]]
-    places = [tuple(options.cell.split("/"))] if options.cell else places
+    if options.cell:
+        places = [tuple(options.cell.partition("/")[::2])]
+        if places[0][1] not in CELLS.get(places[0][0], ()):
+            parser.error(
+                f"--cell: no {options.cell!r}; there are {', '.join(f'{p}/{c}' for p in CELLS for c in CELLS[p])}"
+            )
     wanted = {place: options.seeds or (*SEEDS, *MORE_SEEDS.get("/".join(place), ())) for place in places}
     jobs = [(*place, seed) for place, seeds in wanted.items() for seed in seeds if (*place, seed) not in done]
+
+    kept: list[str] = []
 
     def keep(line: dict[str, Any] | None) -> None:
         if not line:  # of what a run needs
             return
+        kept.append(line["cell"])
         with (options.out / f"{line['part']}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         said = f"{line['part']}/{line['cell']} {line['seed']}: {line['accuracy']:.1%}, {line['seconds']:.0f} s"
@@ -336,14 +344,8 @@ def main() -> None:
         failed = run(tasks, pool, slots=options.jobs, keep=keep, minutes=options.minutes)
     sittings = options.out / "sittings.json"
     known = json.loads(sittings.read_text(encoding="utf-8")) if sittings.is_file() else []
-    known.append(
-        {
-            "jobs": options.jobs,
-            "runs": len(jobs) - sum("/" in name for name in failed),
-            "seconds": time.perf_counter() - begun,
-            **told,
-        }
-    )
+    told |= {"jobs": options.jobs, "runs": len(kept), "seconds": time.perf_counter() - begun}
+    known.append(told)
     sittings.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     if failed:
         raise SystemExit("\n".join([f"{len(failed)} not run:", *failed]))

@@ -277,7 +277,7 @@ def setting() -> str:
     hours = sum(line["seconds"] for line in lines) / 3600
     sittings = json.loads((LINES / "study" / "sittings.json").read_text(encoding="utf-8"))
     took = " and ".join(f"{sitting['seconds'] / 60:.1f}" for sitting in sittings)
-    told = f"{len(lines)} runs in {took} minutes, {sittings[0]['jobs']} at a time ({hours:.1f} hours one after another)"
+    told = f"{len(lines)} runs in {took} minutes, {sittings[0]['jobs']} at a time ({hours:.1f} hours of runs, added up)"
     devices = ", ".join(sorted({line["device"] for line in lines}))
     return f"{told}; {devices}; {versions}; commit {commits}.\n"
 

@@ -1,9 +1,12 @@
 """The study's tasks: what needs what, what must not run twice at once, and what is left when one fails or time is up."""
 
 import json
+import os
+import signal
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 import study
@@ -76,7 +79,19 @@ def test_a_failure_leaves_the_others_and_is_told_with_what_needed_it(tmp_path):
 
 def test_none_is_begun_when_time_is_up(tmp_path):
     kept, failed = begin(notes(tmp_path, [], names="ab").values(), minutes=0)
-    assert (kept, failed) == ([], ["a: no time left", "b: no time left"])
+    assert (kept, failed) == ([], ["a: not begun in time", "b: not begun in time"])
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_ends_the_sitting_and_is_told(tmp_path):
+    tasks = [Task(name=name, call=killed, arguments=()) for name in "abc"]
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        failed = run(tasks, pool, slots=1, keep=print)
+    assert failed[0].startswith("a: BrokenProcessPool")
+    assert failed[1:] == ["b: not begun in time", "c: not begun in time"]
 
 
 def test_runs_of_one_seed_share_their_first_stages_and_no_others(tmp_path):

@@ -28,7 +28,7 @@ def settings() -> dict[str, str]:
 
 def main() -> None:
     """The run's own output, and then one line of JSON."""
-    modules, changed = [], set()
+    modules, changed, whole = [], set(), [0]
 
     class Watched(zero.ZeroAdamW):
         def __init__(self, module: torch.nn.Module, *args: Any, **options: Any) -> None:
@@ -37,6 +37,11 @@ def main() -> None:
             super().__init__(module, *args, **options)
             after = settings()
             changed.update(name for name in before if before[name] != after[name])
+            module.register_forward_hook(self.look)
+
+        def look(self, module: torch.nn.Module, *_: Any) -> None:
+            held = [weight.numel() > 0 for weight in module.parameters() if hasattr(weight, "ds_id")]
+            whole.append(sum(held))
 
     placement.ZeroAdamW = Watched
     try:
@@ -46,7 +51,7 @@ def main() -> None:
             raise
     gc.collect()
     kept = sum(module() is not None for module in modules)
-    print(json.dumps({"changed": sorted(changed), "stages": len(modules), "kept": kept}))
+    print(json.dumps({"changed": sorted(changed), "stages": len(modules), "kept": kept, "whole": max(whole)}))
     sys.stdout.flush()
 
 

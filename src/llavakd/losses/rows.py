@@ -207,7 +207,9 @@ def score_torch(
 
 def form_logits(raw: Tensor, form: LogitForm) -> Tensor:
     """The family's logits."""
-    return torch.tanh(raw * (form.scale / form.cap)) * form.cap if form.cap else raw * form.scale
+    if not form.cap:
+        return raw if form.scale == 1 else raw * form.scale
+    return torch.tanh(raw * (form.scale / form.cap)) * form.cap
 
 
 def rows_at_once(vocab_size: int, gradient_bytes: int, device: str) -> int:

@@ -60,8 +60,9 @@ def lost_process(kinds: tuple[type[Exception], ...] = (RuntimeError,)) -> Iterat
     try:
         yield
     except kinds as error:
-        named = isinstance(error, torch.distributed.DistError) or re.search("gloo|DataLoader worker", str(error))
-        if isinstance(error, RuntimeError) and not named:  # gloo and torch's loader raise nothing narrower
+        lost = isinstance(error, torch.distributed.DistError) or re.search(r"gloo|DataLoader worker \(pid", str(error))
+        raised = re.match("Caught .* in DataLoader worker", str(error))  # there, by one that is alive
+        if raised or (isinstance(error, RuntimeError) and not lost):  # gloo and torch's loader raise nothing narrower
             raise
         told = "a process of this run was lost: " + re.split(r"\. |\n", str(error))[0]
         raise UserError(f"{told}; the same command goes on from the last checkpoint") from error

@@ -29,7 +29,8 @@ class ZeroAdamW(torch.optim.AdamW):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # for CPUs, a compiler would be started
         # Products stay torch's, to the bit; every weight is let go of after use; buckets of 200 MB, in the place of 2 GB.
         zero = {"stage": STAGES[sharding][0], "memory_efficient_linear": False, "reduce_bucket_size": 50_000_000}
-        zero |= {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+        kept = ("param_persistence_threshold", "max_reuse_distance", "prefetch_bucket_size")
+        zero |= {f"stage3_{what}": 0 for what in kept}
         config = {"gradient_clipping": max_grad_norm, "train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
         config["managed_gradient_accumulation"] = False
         self.parent = module.get_submodule("model.model")
