@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from llavakd.errors import UserError
 from llavakd.progress import say
 from llavakd.train.placement import joined, like
-from llavakd.train.zero import gathered
+from llavakd.train.zero import ZeroAdamW, gathered
 
 _MANIFEST = "manifest.json"
 
@@ -105,6 +105,8 @@ def load_checkpoint(path: Path, *, module: nn.Module, optimizer: Optimizer) -> d
     for name, weight in present.items():
         with gathered(weight):
             weight.data.copy_(like(stored[name], weight))
+    if isinstance(optimizer, ZeroAdamW):
+        optimizer.engine.optimizer.refresh_fp32_params()
     torch.set_rng_state(rest["rng"])
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
 

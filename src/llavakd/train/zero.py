@@ -44,10 +44,9 @@ class ZeroAdamW(torch.optim.AdamW):
             self.shards[shard] = {"step": torch.zeros((), device=shard.device), **moments}
 
     def step(self, closure: Any = None) -> Any:
-        """Clip and update; a checkpoint may have been read into the weights."""
+        """Clip and update."""
         for group, own in zip(self.engine.optimizer.param_groups, self.param_groups, strict=True):
             group["lr"] = own["lr"]
-        self.engine.optimizer.refresh_fp32_params()
         self.engine.step()
 
     def state_dict(self) -> dict[str, Any]:
@@ -63,7 +62,7 @@ class ZeroAdamW(torch.optim.AdamW):
         return told
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Moments reach the shards as weights do, in the place of the weights: read those afterwards."""
+        """Moments reach the shards as weights do, in the place of the weights: read those afterwards, and refresh the shards."""
         for name in _MOMENTS:
             for number, weight in enumerate(self.weights):
                 with gathered(weight):
