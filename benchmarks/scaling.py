@@ -35,9 +35,8 @@ from llavakd.data.collate import Batch
 from llavakd.models.alignment import Pair
 from llavakd.models.student import VisionLanguageModel, student_config
 from llavakd.pipeline import _make_accelerator, _make_fast
-from llavakd.train.placement import place
+from llavakd.train.placement import join, place
 from llavakd.train.step import StepResult, StudentModule, TrainState, set_learning_rate, train_step
-from llavakd.train.zero import ZeroAdamW
 from losses import environment
 
 COMPARED = 3  # steps whose losses are compared
@@ -123,8 +122,7 @@ def work(size: Size, most: int, compiled: bool) -> None:
             line = how | measured(state, size, shares)
             if accelerator.is_main_process:
                 print(json.dumps(line), flush=True)
-            if isinstance(state.optimizer, ZeroAdamW):
-                state.optimizer.close()
+            join(state.module, state.optimizer, keep=False)
             del state
             accelerator.free_memory()
             gc.collect()

@@ -2,7 +2,7 @@
 
     python benchmarks/study.py --work runs/study --out benchmarks/results/study                 # goes on with what is there
     python benchmarks/study.py --work runs/study --out benchmarks/results/study --parts recipes losses --minutes 8
-    python benchmarks/study.py --work runs/again --out runs/again --cell losses/response --seeds 11      # one line anew
+    python benchmarks/study.py --work runs/again --out runs/again --cell losses/response --seeds 31      # one line anew
 
 A seed decides the student's start, the order of the rows, and the scenes that are drawn. Runs of one seed share the stages
 that they have in common: of runs that lack the same one, one at a time is begun. docs/make_tables.py puts the tables into
@@ -188,9 +188,8 @@ def _segments(recipe: Any, out: Path) -> dict[str, Any]:
     from llavakd.models.student import load_teacher
 
     student = TeacherConfig(path=str(out / recipe.stages[-1].name / "model"), dtype="float32")
-    models = [load_teacher(config) for config in (student, recipe.teacher)]
-    for model in models:
-        model.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    models = [load_teacher(config, device) for config in (student, recipe.teacher)]
     data = recipe.data[recipe.evaluation.data]
     return compare_segments(*models, load_samples(data), data)
 

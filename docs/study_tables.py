@@ -69,16 +69,20 @@ def difference(cell: str, other: str) -> Estimate | None:
 
 def told(cell: str, other: str) -> tuple[str, str]:
     """A difference with its interval, and its p."""
-    if cell == other or (gap := difference(cell, other)) is None:
+    return shown(difference(cell, other)) if cell != other else ("", "")
+
+
+def shown(gap: Estimate | None) -> tuple[str, str]:
+    """An estimate and its p in words; nothing without one."""
+    if gap is None:
         return "", ""
     return f"{gap.value:+.1f} ± {gap.half_width:.1f}", "< 0.001" if gap.p < 0.001 else f"{gap.p:.3f}"
 
 
-def closed(cell: str, control: str) -> str:
-    """The share of the control's distance to the teacher that a cell has covered, a mean over the seeds of both."""
-    one, two = shares(cell), shares(control)
+def closed(one: dict[int, float], two: dict[int, float]) -> str:
+    """The share of the distance from `two` to the teacher that `one` has covered, a mean over the seeds of both."""
     found = [(one[seed] - two[seed]) / (TEACHER - two[seed]) for seed in one.keys() & two.keys()]
-    return "" if cell == control else f"{100 * fmean(found):.0f} %"
+    return f"{100 * fmean(found):.0f} %" if one != two else ""
 
 
 def recipes(prefix: str = "") -> str:
@@ -89,8 +93,8 @@ def recipes(prefix: str = "") -> str:
         control = prefix + (CONTROL if name.count("-") == 2 else "recipes/pt-sft")
         lines = cells()[cell].values()
         steps = f"{fmean(line['steps'] for line in lines):.0f}"
-        right = mean(line["accuracy"] for line in lines)
-        rows.append((f"`{name}`", str(len(lines)), steps, right, *told(cell, control), closed(cell, control)))
+        right, gap = mean(line["accuracy"] for line in lines), closed(shares(cell), shares(control))
+        rows.append((f"`{name}`", str(len(lines)), steps, right, *told(cell, control), gap))
     return table(
         ["recipe", "seeds", "steps", "right, %", "to the control of as many steps", "p", "gap to the teacher closed"],
         rows,
@@ -116,8 +120,7 @@ def kinds() -> str:
         ]
         gap = over_seeds(gaps)
         majority = fmean(line["majority_by_type"][kind] for line in lines[CONTROL])
-        told_gap = f"{gap.value:+.1f} ± {gap.half_width:.1f}" if gap else ""
-        rows.append((kind, f"{100 * majority:.0f}", *(mean(values[name]) for name in names), told_gap))
+        rows.append((kind, f"{100 * majority:.0f}", *(mean(values[name]) for name in names), shown(gap)[0]))
     return table(["kind", "most frequent answer, %", "`pt-sft-sft`, %", "`dpt-sft-dft`, %", "difference"], rows)
 
 
@@ -137,13 +140,8 @@ def past_plateau() -> str:
     for cell in [cell for cell in ordered("recipes") if cell.count("-") == CONTROL.count("-")]:
         one = score(cell)
         seeds = sorted(one.keys() & two.keys())
-        gap = over_seeds([100 * (one[seed] - two[seed]) for seed in seeds]) if cell != CONTROL else None
-        shown = ("", "", "")
-        if gap:
-            closed = fmean((one[seed] - two[seed]) / (TEACHER - two[seed]) for seed in seeds)
-            p = "< 0.001" if gap.p < 0.001 else f"{gap.p:.3f}"
-            shown = (f"{gap.value:+.1f} ± {gap.half_width:.1f}", p, f"{100 * closed:.0f} %")
-        rows.append((f"`{cell.partition('/')[2]}`", str(len(one)), mean(one.values()), *shown))
+        gap = over_seeds([100 * (one[seed] - two[seed]) for seed in seeds])  # none of the control to itself
+        rows.append((f"`{cell.partition('/')[2]}`", str(len(one)), mean(one.values()), *shown(gap), closed(one, two)))
     header = [f"without {', '.join(kind for kind in control[0]['by_type'] if kind not in left)}", "seeds"]
     return table([*header, "right, %", "to the control", "p", "gap to the teacher closed"], rows)
 
@@ -223,7 +221,13 @@ def pairs(part: str, header: str, main: str = "") -> str:
     found = {setting: (f"{part}/{setting}, distilled", f"{part}/{setting}, control") for setting in settings}
     found |= {main: (MAIN, CONTROL)} if main else {}
     rows = [
-        (setting, mean(shares(two).values()), mean(shares(one).values()), *told(one, two), closed(one, two))
+        (
+            setting,
+            mean(shares(two).values()),
+            mean(shares(one).values()),
+            *told(one, two),
+            closed(shares(one), shares(two)),
+        )
         for setting, (one, two) in found.items()
     ]
     return table([header, "`pt-sft-sft`, %", "`dpt-sft-dft`, %", "difference", "p", "gap closed"], rows)
@@ -237,7 +241,7 @@ def trials() -> str:
         if kind == "distilled":
             control = cell.replace("distilled", "control")
             each = [", ".join(f"{100 * value:.1f}" for value in shares(one).values()) for one in (control, cell)]
-            rows.append((setting, *each, closed(cell, control)))
+            rows.append((setting, *each, closed(shares(cell), shares(control))))
     return table(["scenes", "`pt-sft-sft`, %", "`dpt-sft-dft`, %", "gap closed"], rows)
 
 

@@ -46,7 +46,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("sharding", ["none", "student", "both", "zero2", "zero3"])
 def test_two_gpus_lose_what_one_loses(alone, tmp_path, sharding):
     if sharding.startswith("zero"):
-        pytest.importorskip("deepspeed")
+        pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
     lines, folder = alone
     found = run(tmp_path, 2, sharding)
     for stage in STAGES:
