@@ -45,6 +45,7 @@ from step_contenders import (
     Size,
     Step,
     cast,
+    forward,
     make_case,
     make_models,
     make_step,
@@ -63,7 +64,6 @@ from llavakd.data.collate import Batch
 from llavakd.errors import UserError
 from llavakd.models.student import VisionLanguageModel
 from llavakd.plan import StageCost, Tokens
-from llavakd.train import step as trainer
 from losses import environment, measure
 
 
@@ -140,7 +140,7 @@ def agreement(case: Case) -> list[dict[str, Any]]:
     del exact
     found["reference"] = released_gradients(case, case.models.narrow, case.models.teacher)
     state = prepared(case.stage, case.models.student, case.teacher, vocab_size=len(case.models.student.head))
-    told = trainer._forward(state, case.host, case.counts)
+    told = forward(state, case)
     state.accelerator.backward(told.total)
     found["ours"] = told.parts, taken_gradients(case.models.student)
     lines = []
@@ -212,6 +212,8 @@ def floor_of(case: Case, recipe: Recipe, size: Size, rate: float) -> dict[str, A
 def write_profile(path: Path, case: Case, contender: Contender, device: str) -> dict[str, Any]:
     """Add the 30 operators that take most of two steps to a file."""
     kinds = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device == "cuda")]
+    if contender.quantize:
+        case, _ = quantized(case, contender.quantize)
     with switched(case, contender):
         step, _ = make_step(case, contender)
         step()
@@ -273,13 +275,13 @@ def rounded(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
-def run(results: Results, size: Size, device: str, *, compile_whole: bool, table: Path | None) -> None:
+def run(results: Results, size: Size, device: str, table: Path | None) -> None:
     """Everything, what matters most first; profiles go to the file `table`."""
     rate = product_rate(size, device)
     results.found["product_tflops"] = rate
     with tempfile.TemporaryDirectory() as folder:
         recipe = read_recipe(Path(folder))
-        models = make_models(recipe, size, device, compile_whole)
+        models = make_models(recipe, size, device)
         most, fewer = size.rows[0], size.rows[1:]
         for stage in ("dft", "dpt"):
             place = {"stage": stage, "rows": 2}
@@ -295,7 +297,7 @@ def run(results: Results, size: Size, device: str, *, compile_whole: bool, table
                 place["name"] = contender.name
                 results.note("steps", place, partial(measure_contender, case, contender, size, device))
             if table and rows == most and case.teacher:
-                for contender in (REFERENCE, FAST):
+                for contender in (REFERENCE, FAST, QUANTIZED):
                     place["name"] = contender.name
                     results.note("profile", place, partial(write_profile, table, case, contender, device))
 
@@ -341,7 +343,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--render", type=Path, help="docs/performance-step.png from this results file, and no more")
     parser.add_argument("--tiny", action="store_true", help="models of a few layers, to see that everything runs")
     parser.add_argument("--profile", action="store_true", help="operators by time beside the JSON, as .txt")
-    parser.add_argument("--compile", choices=("layers", "decoder"), default="layers", help="what is compiled at a time")
     parser.add_argument("--backend", help="of torch.compile; inductor, for --tiny aot_eager")
     parser.add_argument(
         "--rows", type=int, nargs="+", help="of a step: all is measured at the first, less at the others"
@@ -357,7 +358,7 @@ def main(argv: list[str] | None = None) -> None:
     size = dataclasses.replace(size, **{name: value for name, value in given.items() if value})
     device = "cuda" if torch.cuda.is_available() else "cpu"
     versions = {name: version(name) for name in ("transformers", "accelerate")}
-    told = environment(device) | versions | {"compiled": options.compile, "backend": size.backend}
+    told = environment(device) | versions | {"compiled": "layers", "backend": size.backend}
     found: dict[str, Any] = {"environment": told, "size": dataclasses.asdict(size)}
     found |= {section: [] for section in ("agreement", "floor", "steps", "profile")}
     results = Results(out=options.out, started=time.perf_counter(), minutes=options.minutes, found=found)
@@ -366,7 +367,7 @@ def main(argv: list[str] | None = None) -> None:
         table.unlink(missing_ok=True)
     # Stages, numbers of rows and the two models share a layer's code: more versions of it than dynamo would keep.
     with torch._dynamo.config.patch(recompile_limit=64):
-        run(results, size, device, compile_whole=options.compile == "decoder", table=table)
+        run(results, size, device, table)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,16 @@ import torch.nn.functional as F
 from plan_llava_kd import RECIPES, local, write_configs
 from plan_measured import BEFORE, batch_of, prepared, stage_of, whole
 from torch import Tensor, nn
+from torch._inductor import choices, virtualized
+from torch._inductor import config as inductor
 from transformers import AutoConfig
 
 from llavakd.config import LossConfig, Recipe, StageConfig, load_recipe
 from llavakd.data.chat import Segment
 from llavakd.data.collate import Batch
-from llavakd.losses.objective import Counts, count, objective
+from llavakd.losses.objective import Counts, Objective, count, objective
 from llavakd.losses.rows import IGNORE_INDEX
-from llavakd.models.fast import _KEPT, attend_by_rows
+from llavakd.models.fast import _KEPT, attend_by_rows, compile_layers
 from llavakd.models.quantized import quantize
 from llavakd.models.student import VisionLanguageModel, final_hidden, student_config, vision_features
 from llavakd.train import step as trainer
@@ -72,6 +74,7 @@ class Contender:
 
     budget: share of the activations that a compiled layer may keep, the rest it makes again, cheapest first; None: as the trainer.
     own_tower: float32 under autocast, where the trainer takes the teacher's.
+    own_choices: inductor's own of padding and reductions, where the trainer has others.
     narrow_between: what stands between the student's layers is bfloat16, where the trainer has float32.
     quantize: what a copy of the teacher is quantised to, None where the teacher itself is run.
     """
@@ -87,6 +90,7 @@ class Contender:
     quantize: str | None = None
     own_tower: bool = False
     narrow_between: bool = False
+    own_choices: bool = False
 
 
 BOTH = ("teacher", "student")
@@ -94,6 +98,7 @@ REFERENCE = Contender(name="reference", released=True)
 FAST = Contender(name="ours, both compiled", compiled=BOTH)
 QUANTIZED = Contender(name="ours, both compiled, fp8 teacher", compiled=BOTH, quantize="fp8")
 OURS = Contender(name="ours")
+USUAL = Contender(name="ours, both compiled, as inductor would", compiled=BOTH, own_choices=True)
 NARROW = Contender(name="ours, both compiled, bfloat16 between layers", compiled=BOTH, narrow_between=True)
 CONTENDERS = (
     REFERENCE,
@@ -103,6 +108,7 @@ CONTENDERS = (
     Contender(name="ours, teacher compiled", compiled=("teacher",)),
     FAST,
     QUANTIZED,
+    USUAL,
     Contender(name="ours, both compiled, the student's tower", compiled=BOTH, own_tower=True),
     NARROW,
     Contender(name="ours, both compiled, train_step", compiled=BOTH, optimizer=True),
@@ -150,7 +156,7 @@ def read_recipe(folder: Path) -> Recipe:
     return load_recipe(RECIPES / f"{RECIPE}.yaml", [*local(folder, RECIPE), *changes])
 
 
-def make_models(recipe: Recipe, size: Size, device: str, compile_whole: bool) -> Models:
+def make_models(recipe: Recipe, size: Size, device: str) -> Models:
     """Random models of the recipe's shapes."""
     assert recipe.teacher, "the recipe has no teacher"
     configs = {"student": student_config(recipe.student), "teacher": AutoConfig.from_pretrained(recipe.teacher.path)}
@@ -166,7 +172,7 @@ def make_models(recipe: Recipe, size: Size, device: str, compile_whole: bool) ->
     cast(student, torch.bfloat16)
     narrow = copy.deepcopy(student)
     cast(student, torch.float32)
-    compiler = partial(compile_modules, backend=size.backend, compile_whole=compile_whole)
+    compiler = partial(compile_modules, backend=size.backend)
     compiled = {name: compiler(model) for name, model in made.items()}
     return Models(student=student, narrow=narrow, teacher=teacher, compiled=compiled, compile=compiler)
 
@@ -196,16 +202,25 @@ def cast(model: VisionLanguageModel, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def compile_modules(model: VisionLanguageModel, backend: str, compile_whole: bool) -> dict[nn.Module, Any]:
-    """Compiled calls of the decoder, or of each of its and the tower's layers; nothing is switched on yet."""
-    stacks = [module for module in model.model.modules() if isinstance(module, nn.ModuleList)]
-    found = {}
-    for module in (
-        [model.parts()["language_model"]] if compile_whole else [layer for stack in stacks for layer in stack]
-    ):
-        module.compile(backend=backend, dynamic=False)
-        found[module], module._compiled_call_impl = module._compiled_call_impl, None
+def compile_modules(model: VisionLanguageModel, backend: str) -> dict[nn.Module, Any]:
+    """The compiled call of each layer; nothing is switched on yet."""
+    compile_layers(model.model, backend=backend, dynamic=False)
+    found = {module: call for module in model.model.modules() if (call := module._compiled_call_impl)}
+    for module in found:
+        module._compiled_call_impl = None
     return found
+
+
+@contextmanager
+def usual_choices() -> Iterator[None]:
+    """Inductor as it is where nobody has set it up."""
+    ours = virtualized.V.choices
+    virtualized.V.set_choices_handler(choices.InductorChoices())
+    torch.compiler.reset()
+    with inductor.patch(comprehensive_padding=True):
+        yield
+    virtualized.V.set_choices_handler(ours)
+    torch.compiler.reset()
 
 
 @contextmanager
@@ -225,6 +240,8 @@ def switched(case: Case, contender: Contender) -> Iterator[None]:
         if contender.checkpointing:
             student.gradient_checkpointing_enable()
             back.callback(student.gradient_checkpointing_disable)
+        if contender.own_choices:
+            back.enter_context(usual_choices())
         if contender.narrow_between:
             back.callback(student.model.register_forward_pre_hook(narrowed, with_kwargs=True).remove)
         for name in contender.compiled:
@@ -353,7 +370,7 @@ def our_step(case: Case, contender: Contender) -> tuple[Step, Callable[[], int]]
             trainer.train_step(state, [case.host], step=0)
             return
         with timed_calls(clock), towers if contender.own_tower else nullcontext():
-            total = trainer._forward(state, case.host, case.counts).total
+            total = forward(state, case).total
         with clock("backward"):
             state.accelerator.backward(total)
         student.model.zero_grad()
@@ -363,6 +380,12 @@ def our_step(case: Case, contender: Contender) -> tuple[Step, Callable[[], int]]
         return standing(student, teacher) + moments
 
     return step, stands
+
+
+def forward(state: trainer.TrainState, case: Case) -> Objective:
+    """What `train_step` calls for a micro-batch."""
+    head = state.teacher.head if state.teacher else None
+    return state.module(case.host, *trainer.look(state, case.host), head, case.counts)
 
 
 @contextmanager

@@ -83,7 +83,11 @@ def run_pipeline(recipe: Recipe, out: Path, *, cache: dict[str, Any] | None = No
             _run_stage(run, stage, before)
         elif stage.losses.distils:
             _train(run, stage, None, cache)
-    results: dict[str, Any] = {"rows": [], "environment": _environment(accelerator)}
+    cpu, processes = f"cpu x {torch.get_num_threads()} threads", str(accelerator.num_processes)
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else cpu
+    made_with = {package: version(package) for package in ("torch", "transformers", "accelerate")}
+    made_with |= {"python": platform.python_version(), "processes": processes, "device": device}
+    results: dict[str, Any] = {"rows": [], "environment": made_with}
     if recipe.evaluation and accelerator.is_main_process and cache is None:
         results["rows"] = _rows(run, recipe.evaluation)
         write_text(out / "results.json", json.dumps(results, indent=1))
@@ -311,10 +315,3 @@ def _evaluate(run: Run, evaluation: EvaluationConfig, name: str, *models: Teache
     row = {"seed": run.recipe.seed, **scores}
     write_text(kept, json.dumps({"key": key, "row": row}))
     return row
-
-
-def _environment(accelerator: Accelerator) -> dict[str, str]:
-    cpu, processes = f"cpu x {torch.get_num_threads()} threads", str(accelerator.num_processes)
-    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else cpu
-    versions = {package: version(package) for package in ("torch", "transformers", "accelerate")}
-    return {"python": platform.python_version(), **versions, "processes": processes, "device": device}

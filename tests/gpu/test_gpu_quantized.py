@@ -7,11 +7,14 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._inductor import config as inductor
+from torch._inductor.utils import run_and_get_code
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from llavakd.errors import UserError
+from llavakd.models.fast import compile_layers
 from llavakd.models.quantized import KINDS, QuantizedLinear, quantize
-from llavakd.models.student import VisionLanguageModel
+from llavakd.models.student import VisionLanguageModel, vision_features
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,10 +64,11 @@ def test_the_device_multiplies_what_was_stored(kind):
     assert float((got - want).abs().max() / want.abs().max()) < (2.0**-7 if kind == "fp8" else 1e-6)
 
 
-def teacher() -> VisionLanguageModel:
-    text = {"model_type": "qwen2", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
+def teacher(gates: int = 512, tower_gates: int = 128) -> VisionLanguageModel:
+    text = {"model_type": "qwen2", "hidden_size": 256, "intermediate_size": gates, "num_hidden_layers": 4}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 2048, "tie_word_embeddings": True}
-    vision = {"model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 64, "num_hidden_layers": 2}
+    vision |= {"intermediate_size": tower_gates}
     vision |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 8}
     torch.manual_seed(0)
     config = LlavaConfig(text_config=text, vision_config=vision, image_seq_length=16)
@@ -98,6 +102,24 @@ def test_a_small_teacher_drifts_little_compiled_or_not_and_shrinks(kind):
         layer.compile(dynamic=False)
     again = logits_of(changed).log_softmax(-1)
     assert float((p.exp() * (p - again)).sum(-1).mean()) == pytest.approx(drift, rel=0.2)
+
+
+def test_compiled_layers_read_a_row_of_gates_once_and_pad_no_columns(kind):
+    model = teacher(gates=11_008, tower_gates=1_104)
+    quantize(model, kind)
+    compile_layers(model.model)
+
+    def run():
+        pixels = torch.randn(2, 3, 32, 32, device="cuda", dtype=torch.bfloat16)
+        return vision_features(model.model, pixels), logits_of(model)
+
+    with inductor.patch(force_disable_caches=True), torch.no_grad():
+        _, codes = run_and_get_code(run)
+    code = "\n".join(codes)
+    assert "triton_per_fused" in code
+    assert "triton_red_fused" not in code
+    assert "(1104, 1)" in code
+    assert "(1152, 1)" not in code
 
 
 def test_sizes_that_the_device_does_not_multiply_are_refused(kind):

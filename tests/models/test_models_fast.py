@@ -8,7 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from model_parts import LANGUAGE_MODELS, VISION
+from sympy import sympify
 from torch import nn
+from torch._inductor import config as inductor
+from torch._inductor import virtualized
+from torch._inductor.runtime.hints import ReductionHint
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
@@ -90,6 +94,21 @@ def test_a_compiled_stage_learns_what_it_learns_uncompiled(tiny, tmp_path, monke
     assert found[1] == pytest.approx(found[0], rel=1e-5)
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_a_compiled_reduction_holds_rows_of_16384_numbers_and_columns_are_not_padded():
+    compile_layers(model_of("qwen2"), backend="eager")
+    sizes = SimpleNamespace(statically_known_leq=lambda size, most: size <= most)
+    with virtualized.V.set_graph_handler(SimpleNamespace(sizevars=sizes)):
+        for size, hint, held in [
+            (900, ReductionHint.INNER, True),
+            (2**14, ReductionHint.INNER, True),
+            (2**14 + 1, ReductionHint.INNER, False),
+            (900, ReductionHint.OUTER, False),
+        ]:
+            features = SimpleNamespace(reduction_numel=sympify(size), get_reduction_hint=lambda hint=hint: hint)
+            assert virtualized.V.choices.should_use_persistent_reduction(features, False) == held, (size, hint)
+    assert not inductor.comprehensive_padding
 
 
 def test_all_layers_of_both_parts_are_compiled():

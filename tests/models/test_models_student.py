@@ -129,6 +129,8 @@ def test_default_drops_the_first_token_of_the_tower_and_full_keeps_it(tiny, stra
         whole = tower(pixels, output_hidden_states=True).hidden_states[-2]
         selected = vision_features(student.model, pixels)
     assert whole.shape[1] == 16
+    assert not whole.is_contiguous()
+    assert selected.stride(-1) == 1
     assert torch.equal(selected, whole[:, 1:] if strategy == "default" else whole)
     assert selected.shape[1] == student.tokens_per_image == STRATEGIES[strategy]
 

@@ -10,6 +10,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 
 _NAME = "llavakd_rows"
 _KEPT = 0.8  # share of its activations that a compiled layer keeps; benchmarks/results/step.json
+_LONGEST = 2**14  # numbers of a row that a reduction holds at once, to read them once; inductor's own limit is 1,024
 
 
 def attend(
@@ -44,6 +45,18 @@ def compile_layers(student: nn.Module, *others: nn.Module, **options: Any) -> No
 
     Layers of a language model that learns keep _KEPT of their activations and make the rest again, the cheapest first.
     """
+    from torch._inductor import choices, config, virtualized  # takes a second: only where something is compiled
+
+    handler: Any = choices.InductorChoices()
+    usual = handler.should_use_persistent_reduction
+
+    def fits(features: Any, cooperative_reduction: bool) -> bool:
+        short = virtualized.V.graph.sizevars.statically_known_leq(features.reduction_numel, _LONGEST)
+        return (short and features.get_reduction_hint().name == "INNER") or usual(features, cooperative_reduction)
+
+    handler.should_use_persistent_reduction = fits
+    virtualized.V.set_choices_handler(handler)
+    config.comprehensive_padding = False  # a tower's 4,304 columns would become 4,352, and its bias leave the product
     torch.compiler.reset()  # what an earlier stage compiled counts against a limit
     learns = any(weight.requires_grad for weight in student.get_submodule("model.language_model").parameters())
     torch._functorch.config.activation_memory_budget = _KEPT if learns else 1.0

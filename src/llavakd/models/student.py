@@ -193,6 +193,8 @@ def save_model(student: VisionLanguageModel, folder: Path, *, template: str | No
 
 def vision_features(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> Tensor:
     """Selected tower features: [P, 3, H, W] -> [P, N, D_v]."""
+    # In rows of channels, as every layer behind the convolution then has them, too; in rows of patches they are slow.
+    pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
     hidden = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
     selected = hidden[model.config.vision_feature_layer]
     return selected[:, 1:] if model.config.vision_feature_select_strategy == "default" else selected

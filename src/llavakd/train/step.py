@@ -88,7 +88,8 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch], *, step: int) 
     for number in range(1, passes + 1):  # as many on every process; those beyond its own micro-batches weigh nothing
         batch, share = micro_batches[min(number, len(micro_batches)) - 1], int(number <= len(micro_batches))
         with contextlib.nullcontext() if zero or number == passes else accelerator.no_sync(state.module):
-            result = _forward(state, batch, counts)
+            head = state.teacher.head if state.teacher else None
+            result = state.module(batch, *look(state, batch), head, counts)
             # Wrappers average gradients over processes; the division is already global, so undo it here, once.
             (zero or accelerator).backward(result.total * (share * accelerator.num_processes))
         for name, value in {"loss": result.total.detach(), **result.parts}.items():
@@ -111,14 +112,8 @@ def check_finite(results: Sequence[StepResult], stage: StageConfig) -> None:
         if not math.isfinite(norm):
             parts = {name: float(value) for name, value in result.parts.items()}
             told = f"stage {stage.name}, step {result.step}: gradient norm is {norm}, parts {parts}"
-            raise NonFiniteError(
-                f"{told}, rows {', '.join(result.rows)}, ...; lower learning_rate or use precision: fp32"
-            )
-
-
-def _forward(state: TrainState, batch: Batch, counts: Counts) -> Objective:
-    features, taught = look(state, batch)
-    return state.module(batch, features, taught, state.teacher.head if state.teacher else None, counts)
+            hint = "lower learning_rate or use precision: fp32"
+            raise NonFiniteError(f"{told}, rows {', '.join(result.rows)}, ...; {hint}")
 
 
 @torch.no_grad()
@@ -144,10 +139,8 @@ def look(state: TrainState, batch: Batch) -> tuple[Tensor | None, Tensor | None]
 
 def _tower(state: TrainState) -> tuple[Any, bool]:
     """Whose frozen tower runs: the teacher's, if it is the same and held in what autocast would compute in; is it so?"""
-    teacher, pair, autocast = state.teacher, state.pair, state.accelerator.mixed_precision
-    narrow = bool(
-        teacher and pair and pair.shared_tower and autocast == "bf16" and teacher.model.dtype == torch.bfloat16
-    )
+    teacher, pair, bf16 = state.teacher, state.pair, state.accelerator.mixed_precision == "bf16"
+    narrow = bool(pair and pair.shared_tower and bf16 and teacher and teacher.model.dtype == torch.bfloat16)
     return (teacher if teacher and narrow else state.student).model, narrow
 
 
