@@ -89,7 +89,7 @@ def measure_kind(state: TrainState, rows: Sequence[Row], kind: str, tokens: int,
 
 def run(recipe: Recipe, size: Size, device: str, out: Path) -> None:
     """All three, losses beside one another."""
-    models = make_models(recipe, size, device, compile_whole=False)
+    models = make_models(recipe, size, device)
     stage = dataclasses.replace(stage_of(recipe, "dft"), max_tokens_per_batch=None)
     mean = MEAN_ANSWER if not size.small else 8
     rows, tokens = draw_rows(size, STEPS * STEP_ROWS, mean), MICRO * (size.visual + 2 * BEFORE + mean)

@@ -47,7 +47,7 @@ def test_every_contender_is_measured_beside_the_reference(steps):
 
 def test_a_quantised_teacher_is_measured_with_its_drift_and_the_next_contender_gets_the_exact_one(tmp_path):
     size = dataclasses.replace(step_contenders.TINY, backend="eager")
-    models = step_contenders.make_models(recipe := step_contenders.read_recipe(tmp_path), size, "cpu", False)
+    models = step_contenders.make_models(recipe := step_contenders.read_recipe(tmp_path), size, "cpu")
     case = step_contenders.make_case(recipe, "dft", models, size, 2, "cpu")
     contender = dataclasses.replace(step_contenders.QUANTIZED, quantize="int8")
     line = step.measure_contender(case, contender, size, "cpu")
@@ -142,5 +142,6 @@ def test_two_processes_have_the_losses_of_one_in_every_way_to_hold_the_models(tm
     assert base["losses"][0]["loss"] != base["losses"][1]["loss"]
     for line in lines:
         assert line["loss_error"].keys() == {*PARTS, "loss", "grad_norm"}
-        assert max(line["loss_error"].values()) < 1e-5
+        # By the third step a weight between two bfloat16 numbers may have fallen to the other side.
+        assert max(line["loss_error"].values()) < 1e-4
         assert line["scaling"] == pytest.approx(line["tokens_per_s"] / base["tokens_per_s"] / 2)
