@@ -277,25 +277,25 @@ def rounded(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
-def run(results: Results, size: Size, device: str, stages: Sequence[str], table: Path | None) -> None:
-    """Everything about these stages, what matters most first; profiles go to the file `table`."""
+def run(results: Results, size: Size, device: str, only: Sequence[str], table: Path | None) -> None:
+    """Everything, what matters most first, or `only` contenders of these names; profiles go to the file `table`."""
     rate = product_rate(size, device)
     results.found["product_tflops"] = rate
     with tempfile.TemporaryDirectory() as folder:
         recipe = read_recipe(Path(folder))
         models = make_models(recipe, size, device)
         most, fewer = size.rows[0], size.rows[1:]
-        for stage in (stage for stage in ("dft", "dpt") if stage in stages):
+        for stage in ("dft", "dpt"):
             place = {"stage": stage, "rows": 2}
             case = make_case(recipe, stage, models, size, 2, device)
             results.note("agreement", place, partial(agreement, case))
         distilled = (REFERENCE, CONTENDERS[1], OURS, FAST, QUANTIZED, USUAL, NARROW)
         plan = [("dft", most, CONTENDERS), ("dpt", most, distilled), ("sft", most, (REFERENCE, OURS, FAST))]
         plan += [(stage, rows, (REFERENCE, OURS, FAST)) for rows in fewer for stage in ("dft", "dpt")]
-        for stage, rows, contenders in (entry for entry in plan if entry[0] in stages):
+        for stage, rows, contenders in plan:
             case, place = make_case(recipe, stage, models, size, rows, device), {"stage": stage, "rows": rows}
             results.note("floor", place, partial(floor_of, case, recipe, size, rate))
-            for contender in contenders:
+            for contender in (one for one in contenders if not only or one.name in only):
                 place["name"] = contender.name
                 results.note("steps", place, partial(measure_contender, case, contender, size, device))
             if table and rows == most and case.teacher:
@@ -349,7 +349,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--rows", type=int, nargs="+", help="of a step: all is measured at the first, less at the others"
     )
-    parser.add_argument("--stages", nargs="+", choices=("dft", "dpt", "sft"), default=("dft", "dpt", "sft"))
+    names = [contender.name for contender in CONTENDERS]
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, default=(), help="contenders; all")
     parser.add_argument("--minutes", type=float, default=5.5, help="after these no new measurement is begun")
     options = parser.parse_args(argv)
     if options.render:
@@ -370,7 +371,7 @@ def main(argv: list[str] | None = None) -> None:
         table.unlink(missing_ok=True)
     # Stages, numbers of rows and the two models share a layer's code: more versions of it than dynamo would keep.
     with torch._dynamo.config.patch(recompile_limit=64):
-        run(results, size, device, options.stages, table)
+        run(results, size, device, options.only, table)
 
 
 if __name__ == "__main__":
