@@ -217,10 +217,12 @@ def usual_choices() -> Iterator[None]:
     ours = virtualized.V.choices
     virtualized.V.set_choices_handler(choices.InductorChoices())
     torch.compiler.reset()
-    with inductor.patch(comprehensive_padding=True):
-        yield
-    virtualized.V.set_choices_handler(ours)
-    torch.compiler.reset()
+    try:
+        with inductor.patch(comprehensive_padding=True):
+            yield
+    finally:
+        virtualized.V.set_choices_handler(ours)
+        torch.compiler.reset()
 
 
 @contextmanager
