@@ -142,6 +142,5 @@ def test_two_processes_have_the_losses_of_one_in_every_way_to_hold_the_models(tm
     assert base["losses"][0]["loss"] != base["losses"][1]["loss"]
     for line in lines:
         assert line["loss_error"].keys() == {*PARTS, "loss", "grad_norm"}
-        # By the third step a weight between two bfloat16 numbers may have fallen to the other side.
-        assert max(line["loss_error"].values()) < 1e-4
+        assert max(line["loss_error"].values()) < 1e-5
         assert line["scaling"] == pytest.approx(line["tokens_per_s"] / base["tokens_per_s"] / 2)
