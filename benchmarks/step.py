@@ -47,7 +47,6 @@ from step_contenders import (
     Size,
     Step,
     cast,
-    forward,
     make_case,
     make_models,
     make_step,
@@ -66,6 +65,7 @@ from llavakd.data.collate import Batch
 from llavakd.errors import UserError
 from llavakd.models.student import VisionLanguageModel
 from llavakd.plan import StageCost, Tokens
+from llavakd.train.step import look
 from losses import environment, measure
 
 
@@ -142,7 +142,7 @@ def agreement(case: Case) -> list[dict[str, Any]]:
     del exact
     found["reference"] = released_gradients(case, case.models.narrow, case.models.teacher)
     state = prepared(case.stage, case.models.student, case.teacher, vocab_size=len(case.models.student.head))
-    told = forward(state, case)
+    told = state.module(case.host, *look(state, case.host), case.counts)
     state.accelerator.backward(told.total)
     found["ours"] = told.parts, taken_gradients(case.models.student)
     lines = []

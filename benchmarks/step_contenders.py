@@ -24,7 +24,7 @@ from transformers import AutoConfig
 from llavakd.config import LossConfig, Recipe, StageConfig, load_recipe
 from llavakd.data.chat import Segment
 from llavakd.data.collate import Batch
-from llavakd.losses.objective import Counts, Objective, count, objective
+from llavakd.losses.objective import Counts, count, objective
 from llavakd.losses.rows import IGNORE_INDEX
 from llavakd.models.fast import _KEPT, attend_by_rows, compile_layers
 from llavakd.models.quantized import quantize
@@ -372,7 +372,7 @@ def our_step(case: Case, contender: Contender) -> tuple[Step, Callable[[], int]]
             trainer.train_step(state, [case.host], step=0)
             return
         with timed_calls(clock), towers if contender.own_tower else nullcontext():
-            total = forward(state, case).total
+            total = state.module(case.host, *trainer.look(state, case.host), case.counts).total
         with clock("backward"):
             state.accelerator.backward(total)
         student.model.zero_grad()
@@ -382,12 +382,6 @@ def our_step(case: Case, contender: Contender) -> tuple[Step, Callable[[], int]]
         return standing(student, teacher) + moments
 
     return step, stands
-
-
-def forward(state: trainer.TrainState, case: Case) -> Objective:
-    """What `train_step` calls for a micro-batch."""
-    head = state.teacher.head if state.teacher else None
-    return state.module(case.host, *trainer.look(state, case.host), head, case.counts)
 
 
 @contextmanager

@@ -76,7 +76,8 @@ def run_stage(state: TrainState, dataset: RowDataset, recipe: Recipe, folder: Pa
     learning: dict[str, Any] = {"module": accelerator.unwrap_model(state.module), "optimizer": state.optimizer}
     found = newest_whole(checkpoints)
     progress = Progress(**load_checkpoint(found, **learning)) if found else Progress()
-    micro = micro_batch_size(stage, processes=(processes := accelerator.num_processes))
+    processes = accelerator.num_processes
+    micro = micro_batch_size(stage, processes=processes)
     accumulation = stage.global_batch_size // (micro * processes)
     if main:
         known = {"steps": steps, "rows": len(dataset), "processes": processes, "micro": micro, "done": progress.step}

@@ -88,8 +88,7 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch], *, step: int) 
     for number in range(1, passes + 1):  # as many on every process; those beyond its own micro-batches weigh nothing
         batch, share = micro_batches[min(number, len(micro_batches)) - 1], int(number <= len(micro_batches))
         with contextlib.nullcontext() if zero or number == passes else accelerator.no_sync(state.module):
-            head = state.teacher.head if state.teacher else None
-            result = state.module(batch, *look(state, batch), head, counts)
+            result = state.module(batch, *look(state, batch), counts)
             # Wrappers average gradients over processes; the division is already global, so undo it here, once.
             (zero or accelerator).backward(result.total * (share * accelerator.num_processes))
         for name, value in {"loss": result.total.detach(), **result.parts}.items():
@@ -117,8 +116,8 @@ def check_finite(results: Sequence[StepResult], stage: StageConfig) -> None:
 
 
 @torch.no_grad()
-def look(state: TrainState, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-    """Features of a frozen tower [P, N, D_v], if there are pictures, and the teacher's final hidden states [B, T, D]."""
+def look(state: TrainState, batch: Batch) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Features of a frozen tower [P, N, D_v], if there are pictures; the teacher's final hidden states [B, T, D], and head."""
     device, teacher, pixels = state.accelerator.device, state.teacher, batch.pixel_values
     features = None if batch.features is None else sent(batch.features, device)
     tower_learns = "vision_tower" in state.stage.train
@@ -127,14 +126,14 @@ def look(state: TrainState, batch: Batch) -> tuple[Tensor | None, Tensor | None]
         with contextlib.nullcontext() if narrow else state.accelerator.autocast():
             features = vision_features(model, sent(pixels, device).to(model.dtype))
     if not teacher or not state.pair:
-        return features, None
+        return features, None, None
     seen, visual = features, batch.segments == Segment.VISUAL
     if pixels is not None and (tower_learns or not state.pair.shared_tower):
         own = pixels if state.pair.shared_pixels else batch.teacher_pixel_values
         assert own is not None, "the teacher has another image processor, but the batch lacks its pixels"
         seen = vision_features(teacher.model, sent(own, device).to(teacher.model.dtype))
     given = batch.input_ids, batch.attention_mask, visual, seen, batch.position_ids
-    return features, final_hidden(teacher.model, *given)
+    return features, final_hidden(teacher.model, *given), teacher.head
 
 
 def _tower(state: TrainState) -> tuple[Any, bool]:
