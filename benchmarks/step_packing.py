@@ -1,6 +1,6 @@
 """Tokens a second of the trainer's step on rows of uneven lengths: padded micro-batches beside packs of the same rows.
 
-    python benchmarks/step_packing.py --out benchmarks/results/step_packing.json    # on one H200, about a minute
+    python benchmarks/step_packing.py --out benchmarks/results/step_packing.json    # on one H200, about two minutes
     python benchmarks/step_packing.py --out /tmp/packing.json --tiny                # anywhere, in seconds
 
 Models as in step.py; answers are log-normal with 150 tokens on average, and 6 % of the rows have no picture. A step is 64
