@@ -141,10 +141,11 @@ def agreement(case: Case) -> list[dict[str, Any]]:
     found["float32"] = released_gradients(case, case.models.student, exact)
     del exact
     found["reference"] = released_gradients(case, case.models.narrow, case.models.teacher)
-    state = prepared(case.stage, case.models.student, case.teacher, vocab_size=len(case.models.student.head))
-    told = state.module(case.host, *look(state, case.host), case.counts)
-    state.accelerator.backward(told.total)
-    found["ours"] = told.parts, taken_gradients(case.models.student)
+    with switched(case, OURS):
+        state = prepared(case.stage, case.models.student, case.teacher, vocab_size=len(case.models.student.head))
+        told = state.module(case.host, *look(state, case.host), case.counts)
+        state.accelerator.backward(told.total)
+        found["ours"] = told.parts, taken_gradients(case.models.student)
     lines = []
     for name, beside in (("ours", "float32"), ("reference", "float32"), ("ours", "reference")):
         (parts, gradients), (other_parts, others) = found[name], found[beside]

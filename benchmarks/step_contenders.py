@@ -26,7 +26,7 @@ from llavakd.data.chat import Segment
 from llavakd.data.collate import Batch
 from llavakd.losses.objective import Counts, count, objective
 from llavakd.losses.rows import IGNORE_INDEX
-from llavakd.models.fast import _KEPT, attend_by_rows, compile_layers
+from llavakd.models.fast import _KEPT, attend_by_rows, compile_layers, trim_tower
 from llavakd.models.quantized import quantize
 from llavakd.models.student import VisionLanguageModel, final_hidden, student_config, vision_features
 from llavakd.train import step as trainer
@@ -123,14 +123,16 @@ CONTENDERS = (
 class Models:
     """Student in float32, the same numbers in bfloat16 (`narrow`), teacher in bfloat16; the towers are equal.
 
-    compiled: for each model, what a call of each of its compiled modules goes to; `compile` makes that of another one.
+    towers: for each model its tower as our trainer has it; what stands in the models is whole.
+    compiled: for each model, what a call of each of its compiled modules goes to; `prepare` makes both of another one.
     """
 
     student: VisionLanguageModel
     narrow: VisionLanguageModel
     teacher: VisionLanguageModel
+    towers: dict[str, nn.Module]
     compiled: dict[str, dict[nn.Module, Any]]
-    compile: Callable[[VisionLanguageModel], dict[nn.Module, Any]]
+    prepare: Callable[[VisionLanguageModel], tuple[nn.Module, dict[nn.Module, Any]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,9 +174,10 @@ def make_models(recipe: Recipe, size: Size, device: str) -> Models:
     cast(student, torch.bfloat16)
     narrow = copy.deepcopy(student)
     cast(student, torch.float32)
-    compiler = partial(compile_modules, backend=size.backend)
-    compiled = {name: compiler(model) for name, model in made.items()}
-    return Models(student=student, narrow=narrow, teacher=teacher, compiled=compiled, compile=compiler)
+    prepare = partial(prepare_modules, backend=size.backend)
+    ready = {name: prepare(model) for name, model in made.items()}
+    towers, compiled = ({name: pair[place] for name, pair in ready.items()} for place in (0, 1))
+    return Models(student=student, narrow=narrow, teacher=teacher, towers=towers, compiled=compiled, prepare=prepare)
 
 
 def fit(config: Any, size: Size, number: int) -> None:
@@ -202,13 +205,26 @@ def cast(model: VisionLanguageModel, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def compile_modules(model: VisionLanguageModel, backend: str) -> dict[nn.Module, Any]:
-    """The compiled call of each layer; nothing is switched on yet."""
-    compile_layers(model.model, backend=backend, dynamic=False)
-    found = {module: call for module in model.model.modules() if (call := module._compiled_call_impl)}
-    for module in found:
-        module._compiled_call_impl = None
-    return found
+def prepare_modules(model: VisionLanguageModel, backend: str) -> tuple[nn.Module, dict[nn.Module, Any]]:
+    """The tower as our trainer has it, and the compiled call of each layer; nothing is switched on yet."""
+    with other_tower(model, copy.deepcopy(model.parts()["vision_tower"])):
+        trim_tower(model.model)
+        compile_layers(model.model, backend=backend, dynamic=False)
+        found = {module: call for module in model.model.modules() if (call := module._compiled_call_impl)}
+        for module in found:
+            module._compiled_call_impl = None
+        return model.parts()["vision_tower"], found
+
+
+@contextmanager
+def other_tower(model: VisionLanguageModel, tower: nn.Module) -> Iterator[None]:
+    """Meanwhile the model has this one."""
+    whole = model.parts()["vision_tower"]
+    model.model.model.vision_tower = tower
+    try:
+        yield
+    finally:
+        model.model.model.vision_tower = whole
 
 
 @contextmanager
@@ -239,6 +255,8 @@ def switched(case: Case, contender: Contender) -> Iterator[None]:
         torch._functorch.config.activation_memory_budget = budget
         torch.compiler.reset()
     with ExitStack() as back:
+        for name, tower in models.towers.items() if not contender.released else ():
+            back.enter_context(other_tower(getattr(models, name), tower))
         if contender.checkpointing:
             student.gradient_checkpointing_enable()
             back.callback(student.gradient_checkpointing_disable)
@@ -293,8 +311,9 @@ def quantized(case: Case, kind: str) -> tuple[Case, dict[str, float]]:
     sides = [side for one in (teacher, exact) for side in (final_hidden(one.model, *given), one.head)]
     where = {"labels": batch.labels, "visual": visual, "image_rows": batch.image_rows, "counts": case.counts}
     found = objective(*sides, **where, losses=LossConfig(response_kl=1.0, visual_kl=1.0), reduction="token")
-    compiled = case.models.compiled | {"teacher": case.models.compile(teacher)}
-    models = dataclasses.replace(case.models, teacher=teacher, compiled=compiled)
+    tower, calls = case.models.prepare(teacher)
+    both = {"towers": case.models.towers | {"teacher": tower}, "compiled": case.models.compiled | {"teacher": calls}}
+    models = dataclasses.replace(case.models, teacher=teacher, **both)
     drift = {name: float(value) for name, value in found.parts.items()}
     return dataclasses.replace(case, models=models), drift
 
@@ -363,7 +382,7 @@ def our_step(case: Case, contender: Contender) -> tuple[Step, Callable[[], int]]
     student, teacher = case.models.student, case.teacher
     state = prepared(case.stage, student, teacher, vocab_size=len(student.head))
     set_learning_rate(state.optimizer, 0.0)  # the contenders after this one get the same weights
-    towers = patch.object(trainer, "_tower", lambda state: (state.student.model, False))
+    towers = patch.object(trainer, "_tower", lambda state: state.student.model)
     if not contender.own_tower:
         trainer.park_tower(state)
 

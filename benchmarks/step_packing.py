@@ -30,7 +30,7 @@ from torch import Tensor
 from llavakd.config import Recipe
 from llavakd.data.chat import Rendered, Segment
 from llavakd.data.collate import Batch, Row, collate, collate_step
-from llavakd.models.fast import attend_by_rows, compile_layers
+from llavakd.models.fast import attend_by_rows, compile_layers, trim_tower
 from llavakd.train.step import TrainState, set_learning_rate, train_step
 from losses import environment
 
@@ -96,6 +96,7 @@ def run(recipe: Recipe, size: Size, device: str, out: Path) -> None:
     found: dict[str, Any] = {"environment": environment(device), "rows": len(rows), "max_tokens": tokens, "kinds": []}
     both = models.student.model, models.teacher.model
     for model in both:
+        trim_tower(model)
         if device == "cuda":
             attend_by_rows(model)
     compile_layers(*both, backend=size.backend)

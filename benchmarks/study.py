@@ -209,7 +209,7 @@ def make_student(size: str, work: Path) -> None:
     """A language model of another size, taught on scenes told in words as the shipped one was."""
     from llavakd.config import load_recipe
     from llavakd.pipeline import run_pipeline
-    from llavakd.shapes import write_world
+    from llavakd.shapes.world import write_world
     from llavakd.train.checkpoint import write_folder
 
     layers, width = map(int, size.split(" x "))

@@ -116,7 +116,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
     from llavakd.config import StudentConfig, WorldConfig
     from llavakd.models.student import build_student, save_model
-    from llavakd.shapes import write_world
+    from llavakd.shapes.world import write_world
 
     root = tmp_path_factory.mktemp("tiny")
     write_world(root / "world", WorldConfig(scenes=48, seed=3, test_questions=12))

@@ -19,7 +19,7 @@ from hostile_pictures import HOSTILE
 from llavakd.chat import MAX_PIXELS, answer, read_picture
 from llavakd.errors import UserError
 from llavakd.export import open_model
-from llavakd.shapes import examples
+from llavakd.shapes.world import examples
 
 TRAINED = Path(llavakd.__file__).parent / "assets" / "shapes" / "teacher"
 CHAT = [sys.executable, "-m", "llavakd", "chat"]

@@ -14,7 +14,7 @@ import pytest
 
 import llavakd
 from hostile_pictures import HOSTILE
-from llavakd.shapes import examples
+from llavakd.shapes.world import examples
 
 TRAINED = Path(llavakd.__file__).parent / "assets" / "shapes" / "teacher"
 DEMO = [sys.executable, "-m", "llavakd", "demo"]

@@ -18,7 +18,7 @@ _NAMES = {
     "preflight": "check_recipe",
     "quickstart": "run_quickstart",
     "report": "write_report",
-    "shapes": "write_world",
+    "shapes.world": "write_world",
 }
 # Looked up on first use: `import llavakd` and `llava-kd --help` need not wait for torch.
 _PUBLIC = {name: f"llavakd.{module}" for module, names in _NAMES.items() for name in names.split()}

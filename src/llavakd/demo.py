@@ -6,15 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from llavakd.chat import answer, read_picture
-from llavakd.errors import UserError
+from llavakd.errors import UserError, optional
 from llavakd.export import open_model
 from llavakd.progress import say
-from llavakd.shapes import examples
+from llavakd.shapes.world import examples
 
-try:
-    import gradio as gr
-except ImportError as error:
-    raise UserError(f"the demo needs gradio ({error}); install it: pip install 'llava-kd[demo]'") from error
+gr = optional("gradio", "the demo", "demo")
 
 
 def run_demo(models: Sequence[str], *, host: str, port: int, max_upload: int) -> None:

@@ -13,7 +13,7 @@ from llavakd.data.samples import IMAGE_TAG
 from llavakd.errors import UserError
 from llavakd.models.parts import load
 from llavakd.models.student import VisionLanguageModel, load_student, save_model
-from llavakd.shapes import examples
+from llavakd.shapes.world import examples
 from llavakd.templates import render
 from llavakd.train.checkpoint import write_folder
 

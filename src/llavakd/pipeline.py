@@ -24,13 +24,13 @@ from llavakd.errors import UserError
 from llavakd.evaluate import compare_segments, evaluate_model
 from llavakd.models import student as students
 from llavakd.models.alignment import align
-from llavakd.models.fast import attend_by_rows, compile_layers
+from llavakd.models.fast import attend_by_rows, compile_layers, trim_tower
 from llavakd.models.quantized import NF4Linear, quantize
 from llavakd.models.student import VisionLanguageModel, load_student, load_teacher
 from llavakd.preflight import check_before_training, claim_folder, used_sources
 from llavakd.progress import bar, say
 from llavakd.report import write_report
-from llavakd.shapes import write_world
+from llavakd.shapes.world import write_world
 from llavakd.train.checkpoint import contents, write_folder, write_text
 from llavakd.train.loop import lost_process, run_stage
 from llavakd.train.placement import join, place
@@ -113,9 +113,8 @@ def draw_world(recipe: Recipe, out: Path) -> None:
 
 def _make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
     ways = {"DEEPSPEED": "zero2 or zero3", "FSDP": "student"}
-    if other := [name for name in ways if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]:
-        told = f"accelerate is set up for {other[0]}"
-        raise UserError(f"{told}; start with torchrun instead and set sharding: {ways[other[0]]}")
+    if kind := next((name for name in ways if os.environ.get(f"ACCELERATE_USE_{name}") == "true"), None):
+        raise UserError(f"accelerate is set up for {kind}; start with torchrun instead and set sharding: {ways[kind]}")
     several, cuda = int(os.environ.get("WORLD_SIZE", 1)) > 1, torch.cuda.is_available()
     # Counts are summed on the CPU, so that no step waits for its device.
     groups = [InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl")] * (several and cuda)
@@ -206,13 +205,14 @@ def _train(run: Run, stage: StageConfig, before: StageConfig | None, cache: Any 
 
 
 def _make_fast(recipe: Recipe, state: TrainState) -> None:
-    """Set attention, compilation and checkpointing as they are to be."""
+    """Set towers, attention, compilation and checkpointing as they are to be."""
     student, teacher = state.student.model, state.teacher
     models = [student, teacher.model] if teacher else [student]
-    if state.accelerator.device.type == "cuda" and recipe.precision == "bf16":
-        for model in models:
-            if model is student or model.dtype != torch.float32:  # the teacher is not under autocast
-                attend_by_rows(model)
+    half = state.accelerator.device.type == "cuda" and recipe.precision == "bf16"
+    for model in models:
+        trim_tower(model)
+        if half and (model is student or model.dtype != torch.float32):  # the teacher is not under autocast
+            attend_by_rows(model)
     park_tower(state)
     if recipe.compile:
         compile_layers(*models)

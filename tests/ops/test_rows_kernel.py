@@ -12,13 +12,13 @@ import torch
 pytest.importorskip("triton")
 
 from llavakd.losses import LogitForm, distill_rows
-from llavakd.losses.rows import IGNORE_INDEX, Scoring, score_torch
+from llavakd.losses.rows import IGNORE_INDEX, score_torch
 from llavakd.ops import rows as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.3), ("skewed_kl", 0.1), ("total_variation", 0.5)]
 ROWS, WIDTH = 7, 301
-PLAIN = Scoring("forward_kl", 0.5, 1.0, (LogitForm(), LogitForm()))
+PLAIN = {"divergence": "forward_kl", "beta": 0.5, "temperature": 1.0, "forms": (LogitForm(), LogitForm())}
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def problem(spread: float = 3.0, shift: float = 0.0) -> tuple:
 
 
 def both(given: tuple, dtype: torch.dtype = torch.float32, **options) -> tuple:
-    how, results = PLAIN._replace(**options), []
+    how, results = tuple((PLAIN | options).values()), []
     for scorer in (kernels.score_triton, score_torch):
         grad = torch.full_like(given[0], torch.nan, dtype=dtype)
         results.append((*scorer(*given, how, grad), grad))
@@ -80,7 +80,7 @@ def test_a_narrow_gradient_is_rounded_once(dtype):
 def test_the_gradient_may_go_into_part_of_a_buffer_and_the_logits_stay():
     given = problem()
     before, buffer = given[0].clone(), torch.full((ROWS + 2, WIDTH + 3), 7.0, device=DEVICE)
-    kernels.score_triton(*given, PLAIN, buffer[1:-1, :WIDTH])
+    kernels.score_triton(*given, tuple(PLAIN.values()), buffer[1:-1, :WIDTH])
     assert torch.equal(given[0], before)
     assert_same((buffer[1:-1, :WIDTH],), both(given)[1][2:], tolerance=1e-5)
     buffer[1:-1, :WIDTH] = 7.0

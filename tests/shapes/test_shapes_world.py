@@ -16,7 +16,6 @@ from PIL import Image
 from shapes_oracle import answer_of
 
 from llavakd.config import WorldConfig
-from llavakd.shapes import write_world
 from llavakd.shapes.questions import KINDS
 from llavakd.shapes.scenes import (
     COLORS,
@@ -33,6 +32,7 @@ from llavakd.shapes.scenes import (
     random_scene,
     split_of,
 )
+from llavakd.shapes.world import write_world
 
 SCENES, QUESTIONS = 400, 300
 Row = dict[str, Any]

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llavakd.errors import UserError
+from llavakd.errors import UserError, optional
 
 _BLOCK = 2**22  # bytes read at a time
 _MARK = re.compile(r"[ \t\r\n]*([\[,\]]?)[ \t\r\n]*")  # what stands in front of a row
@@ -96,12 +96,9 @@ def _scan_json(file: BinaryIO, path: Path) -> Iterator[tuple[tuple[int, int], An
 
 @lru_cache(maxsize=16)
 def _table(path: str) -> Any:
+    datasets = optional("datasets", f"the table {path}", "tables")
     try:
-        import datasets
-
         read = datasets.Dataset.from_parquet if path.endswith(".parquet") else datasets.load_from_disk
         return read(path).with_format("arrow")  # whose rows are plain values, pictures undecoded
-    except ImportError as error:
-        raise DataError(f"{path} is a table; install what reads it: pip install 'llava-kd[tables]'") from error
     except Exception as error:  # pyarrow and datasets raise a dozen unrelated types for a damaged table
         raise DataError(f"cannot read {path}: {type(error).__name__}: {error}") from error

@@ -40,8 +40,7 @@ def relation_distance(
     options = shared_width(student_head, teacher_head, vocab_size), center, row_normalize, valid
     with torch.no_grad():
         teacher = _unit_gram(teacher_hidden, teacher_head, *options)
-    student = _unit_gram(student_hidden, student_head, *options)
-    return (student - teacher).square().sum((-2, -1)) / 2
+    return (_unit_gram(student_hidden, student_head, *options) - teacher).square().sum((-2, -1)) / 2
 
 
 def gram(hidden: Tensor, head: Tensor) -> Tensor:
@@ -63,8 +62,7 @@ def _unit_gram(hidden: Tensor, head: Tensor, width: int, center: bool, normalize
     if normalize:
         length = matrix.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(matrix.dtype).tiny).sqrt()
         matrix = matrix / (length.unsqueeze(-1) * length.unsqueeze(-2))
-    norm = torch.linalg.matrix_norm(matrix, keepdim=True)
-    return matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny)
+    return matrix / torch.linalg.matrix_norm(matrix, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
 
 
 def _operands(hidden: Tensor, head: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:

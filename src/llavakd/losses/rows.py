@@ -39,13 +39,7 @@ class LogitForm(NamedTuple):
     cap: float = 0.0
 
 
-class Scoring(NamedTuple):
-    """What a scorer of a chunk's logits is to compute."""
-
-    divergence: str
-    beta: float
-    temperature: float
-    forms: tuple[LogitForm, LogitForm]
+Scoring = tuple[str, float, float, tuple[LogitForm, LogitForm]]  # divergence, beta, temperature, of student and teacher
 
 
 def distill_rows(
@@ -94,7 +88,7 @@ def distill_rows(
     if teacher_hidden is None and bool((kl_weight != 0).any()):
         raise ValueError("kl_weight asks for a divergence, but teacher_hidden is None; give a teacher or zero weights")
     kernel, dtype = _kernel(backend, student_hidden), operand_dtype(student_hidden)
-    how = Scoring(resolve(divergence, beta), beta, temperature, (student_form, teacher_form))
+    how: Scoring = (resolve(divergence, beta), beta, temperature, (student_form, teacher_form))
     teacher_weight = None if teacher_head is None else teacher_head[:vocab_size].detach().to(dtype)
 
     def score(

@@ -1,4 +1,4 @@
-"""What makes the models fast on a GPU: attention by flash kernels without a mask, and compiled layers."""
+"""What makes the models fast: no tower layers that nothing reads; on a GPU flash attention without a mask, compiled layers."""
 
 from typing import Any
 
@@ -40,6 +40,25 @@ def attend_by_rows(model: LlavaForConditionalGeneration) -> None:
         model.model.language_model.set_attn_implementation(_NAME)
 
 
+class _GeluLinear(nn.Linear):
+    """A layer [..., K] -> [..., N] that never learns, and GELU (tanh form) of its float32 sums in the same kernel of a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch._addmm_activation(self.bias, x.flatten(0, -2), self.weight.t(), use_gelu=True)
+        return y.unflatten(0, x.shape[:-1])
+
+
+def trim_tower(model: LlavaForConditionalGeneration) -> None:
+    """Let tower layers behind the one that is read hand on what they get; in half precision GELU comes with its product."""
+    tower, read = model.model.vision_tower, model.config.vision_feature_layer
+    layers: Any = next(part for part in tower.modules() if isinstance(part, nn.ModuleList))
+    for layer in layers[range(len(layers) + 1)[read] :]:
+        layer.forward = lambda hidden, *_, **__: hidden
+    if tower.dtype != torch.float32 and tower.device.type == "cuda" and tower.config.hidden_act == "gelu_pytorch_tanh":
+        for layer in layers:
+            layer.mlp.fc1.__class__, layer.mlp.activation_fn = _GeluLinear, nn.Identity()
+
+
 def compile_layers(student: nn.Module, *others: nn.Module, **options: Any) -> None:
     """Compile each layer of all towers and language models, with torch.compile's options; equal layers share the result.
 
@@ -60,7 +79,6 @@ def compile_layers(student: nn.Module, *others: nn.Module, **options: Any) -> No
     torch.compiler.reset()  # what an earlier stage compiled counts against a limit
     learns = any(weight.requires_grad for weight in student.get_submodule("model.language_model").parameters())
     torch._functorch.config.activation_memory_budget = _KEPT if learns else 1.0
-    parts = [f"model.{part}" for part in ("vision_tower", "language_model")]
-    modules = [one for model in (student, *others) for part in parts for one in model.get_submodule(part).modules()]
+    modules = (one for model in (student, *others) for one in model.modules())
     for layer in (layer for stack in modules if isinstance(stack, nn.ModuleList) for layer in stack):
         layer.compile(**options)

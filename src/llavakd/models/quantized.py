@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from llavakd.errors import UserError
+from llavakd.errors import UserError, optional
 from llavakd.models.student import VisionLanguageModel
 
 KINDS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
@@ -35,14 +35,11 @@ class NF4Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear, device: torch.device) -> None:
         super().__init__()
-        try:
-            from bitsandbytes import functional, matmul_4bit
-        except ImportError as error:
-            raise UserError("lora_base: nf4 needs bitsandbytes; install it: pip install 'llava-kd[qlora]'") from error
+        bitsandbytes = optional("bitsandbytes", "lora_base: nf4", "qlora")
         # 0.50's kernel stores outputs in pairs: of an odd number of them, every other row's would lie askew.
         even = nn.functional.pad(linear.weight.detach().to(device), (0, 0, 0, linear.out_features % 2))
-        weight, self.state = functional.quantize_nf4(even, compress_statistics=True)
-        self.multiply, self.dequantize = matmul_4bit, functional.dequantize_nf4
+        weight, self.state = bitsandbytes.functional.quantize_nf4(even, compress_statistics=True)
+        self.multiply, self.dequantize = bitsandbytes.matmul_4bit, bitsandbytes.functional.dequantize_nf4
         self.weight, self.linear = nn.Parameter(weight, False), linear
         linear.register_parameter("weight", None)
 

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, LlavaForConditionalGeneratio
 from llavakd.config import DataConfig, Part, StudentConfig, TeacherConfig
 from llavakd.data.chat import TEMPLATES, ChatRenderer, end_token_id
 from llavakd.data.samples import IMAGE_TAG
+from llavakd.errors import optional
 from llavakd.models import parts
 from llavakd.models.parts import FAMILIES, PROJECTORS, ModelError
 from llavakd.transfer import sent
@@ -76,10 +77,7 @@ def add_updates(student: VisionLanguageModel, rank: int, *, seed: int) -> Any:
 
     What is returned has `merge_and_unload`, after which the student is again what it was, of other weights.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise ModelError("lora_rank needs peft; install it: pip install 'llava-kd[lora]'") from error
+    peft = optional("peft", "lora_rank", "lora")
     torch.manual_seed(seed)
     settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     return peft.LoraModel(student.parts()["language_model"], settings, "default")

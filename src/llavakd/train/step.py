@@ -122,8 +122,8 @@ def look(state: TrainState, batch: Batch) -> tuple[Tensor | None, Tensor | None,
     features = None if batch.features is None else sent(batch.features, device)
     tower_learns = "vision_tower" in state.stage.train
     if features is None and pixels is not None and not tower_learns:
-        model, narrow = _tower(state)
-        with contextlib.nullcontext() if narrow else state.accelerator.autocast():
+        model = _tower(state)
+        with state.accelerator.autocast() if model is state.student.model else contextlib.nullcontext():
             features = vision_features(model, sent(pixels, device).to(model.dtype))
     if not teacher or not state.pair:
         return features, None, None
@@ -136,16 +136,16 @@ def look(state: TrainState, batch: Batch) -> tuple[Tensor | None, Tensor | None,
     return features, final_hidden(teacher.model, *given), teacher.head
 
 
-def _tower(state: TrainState) -> tuple[Any, bool]:
-    """Whose frozen tower runs: the teacher's, if it is the same and held in what autocast would compute in; is it so?"""
+def _tower(state: TrainState) -> Any:
+    """Whose frozen tower runs: the teacher's, if it is the same and held in what autocast would compute in."""
     teacher, pair, bf16 = state.teacher, state.pair, state.accelerator.mixed_precision == "bf16"
-    narrow = bool(pair and pair.shared_tower and bf16 and teacher and teacher.model.dtype == torch.bfloat16)
-    return (teacher if teacher and narrow else state.student).model, narrow
+    narrow = pair and pair.shared_tower and bf16 and teacher and teacher.model.dtype == torch.bfloat16
+    return (teacher if teacher and narrow else state.student).model
 
 
 def park_tower(state: TrainState) -> None:
     """Where the teacher's tower runs for both, put the student's weights of it into the host's memory."""
-    if _tower(state)[0] is not state.student.model and "vision_tower" not in state.stage.train:
+    if _tower(state) is not state.student.model and "vision_tower" not in state.stage.train:
         for weight in state.student.parts()["vision_tower"].parameters():
             weight.data = weight.cpu()
 
@@ -164,10 +164,8 @@ def _count(accelerator: Accelerator, micro_batches: Sequence[Batch]) -> tuple[Co
 def build_optimizer(module: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
     """AdamW over what learns; norms and biases (vectors) are not decayed."""
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in learning if p.ndim > 1], "weight_decay": stage.weight_decay},
-        {"params": [p for p in learning if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    matrices, vectors = ([p for p in learning if (p.ndim > 1) == decays] for decays in (True, False))
+    groups = ({"params": matrices, "weight_decay": stage.weight_decay}, {"params": vectors, "weight_decay": 0.0})
     used = [group for group in groups if group["params"]]
     return torch.optim.AdamW(used, lr=stage.learning_rate, betas=stage.betas, fused=True)
 

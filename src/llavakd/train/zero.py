@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llavakd.errors import UserError
+from llavakd.errors import optional
 
 STAGES = {"zero2": (2, "single_partition_of_fp32_groups"), "zero3": (3, "fp32_partitioned_groups_flat")}
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -18,11 +18,7 @@ class ZeroAdamW(torch.optim.AdamW):
 
     def __init__(self, module: nn.Module, inner: torch.optim.AdamW, *, sharding: str, max_grad_norm: float) -> None:
         """`inner` becomes DeepSpeed's, over shards of the same weights; UserError without DeepSpeed."""
-        try:
-            import deepspeed
-        except ImportError as error:
-            told = f"sharding: {sharding} needs deepspeed; install it: pip install 'llava-kd[deepspeed]'"
-            raise UserError(told) from error
+        deepspeed = optional("deepspeed", f"sharding: {sharding}", "deepspeed")
         super().__init__([dict(group) for group in inner.param_groups])
         self.weights = [weight for group in self.param_groups for weight in group["params"]]
         warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # it calls torch by names of before 2.13
