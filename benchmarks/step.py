@@ -7,8 +7,8 @@
 SigLIP-so400m-384, Qwen2.5-3B -> 0.5B, random weights, the same rows for all: 20 tokens, 729 of a picture, 180 of which the
 last 100 are the answer. No optimiser step, but for the contender that says so. The reference holds its student in bfloat16
 and runs both models whole; ours is the trainer's own path, float32 weights under autocast. `ms` is of steps in a row, as
-they are in training. Memory is what a contender needs by itself: its models, and the peak beyond what stands between two
-steps.
+they are in training; `watts` and `mhz` are the GPU's meanwhile. Memory is what a contender needs by itself: its models, and the peak
+beyond what stands between two steps.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 from plan_measured import prepared
+from power import watched
 from step_contenders import (
     CONTENDERS,
     FAST,
@@ -102,7 +103,8 @@ def measure_contender(case: Case, contender: Contender, size: Size, device: str)
         with clock("first"):
             step()
         first = clock.found.pop("first")[0]
-        milliseconds, beyond = measure(step, device, 1, in_a_row=2 * size.repeats)
+        with watched(device) as drawn:
+            milliseconds, beyond = measure(step, device, 1, in_a_row=2 * size.repeats)
         for _ in range(0 if contender.optimizer else size.repeats):
             step(clock)
         line = {
@@ -111,6 +113,7 @@ def measure_contender(case: Case, contender: Contender, size: Size, device: str)
             "tokens_per_s": case.batch.labels.numel() / milliseconds * 1e3,
             "parts_ms": clock.medians(),
             "host_waits": host_waits(step) if device == "cuda" else None,
+            **drawn,
         }
     graphs = counters["stats"]["unique_graphs"] - graphs
     if graphs:  # of those that an earlier contender has compiled, none
@@ -196,20 +199,24 @@ def relative_errors(gradients: dict[str, Tensor], others: dict[str, Tensor]) -> 
     return {kind: float((difference / whole).sqrt()) for kind, (difference, whole) in squares.items()}
 
 
-def product_rate(size: Size, device: str) -> float:
-    """TFLOP/s of a bfloat16 matrix product."""
+def product_rates(size: Size, device: str) -> dict[str, float]:
+    """TFLOP/s of a bfloat16 matrix product by itself, and of so many in a row that a GPU comes to its limit of power."""
     left, right = (torch.randn(size.matrix, size.matrix, device=device).bfloat16() for _ in range(2))
-    milliseconds, _ = measure(lambda: left @ right, device, 4 * size.repeats)
-    return 2 * size.matrix**3 / milliseconds / 1e9
+    tflop = 2 * size.matrix**3 / 1e12
+    alone, _ = measure(lambda: left @ right, device, 4 * size.repeats)
+    with watched(device) as drawn:
+        lasting, _ = measure(lambda: left @ right, device, 1, in_a_row=400 * size.repeats if device == "cuda" else 1)
+    return {"tflops": 1e3 * tflop / alone, "lasting_tflops": 1e3 * tflop / lasting, **drawn}
 
 
-def floor_of(case: Case, recipe: Recipe, size: Size, rate: float) -> dict[str, Any]:
-    """FLOPs of a step by part, as `llava-kd plan` counts them, and the time they would take at this rate."""
+def floor_of(case: Case, recipe: Recipe, size: Size, rates: dict[str, float]) -> dict[str, Any]:
+    """FLOPs of a step by part, as `llava-kd plan` counts them, and the time they would take at these rates."""
     rows = len(case.batch.labels)
     tokens = Tokens(rows, size.visual, size.text, size.response, size.visual + size.text)
     cost = StageCost(recipe, case.stage, case.models.student, case.teacher, tokens, 1)
     tflop = {part: rows * flops / 1e12 for part, flops in cost.row_flops(rows).items()}
-    return {"ms": 1e3 * sum(tflop.values()) / rate, "tflop": tflop}
+    ms, lasting = (1e3 * sum(tflop.values()) / rates[key] for key in ("tflops", "lasting_tflops"))
+    return {"ms": ms, "lasting_ms": lasting, "tflop": tflop}
 
 
 def write_profile(path: Path, case: Case, contender: Contender, device: str) -> dict[str, Any]:
@@ -280,8 +287,8 @@ def rounded(value: Any) -> Any:
 
 def run(results: Results, size: Size, device: str, only: Sequence[str], table: Path | None) -> None:
     """Everything, what matters most first, or `only` contenders of these names; profiles go to the file `table`."""
-    rate = product_rate(size, device)
-    results.found["product_tflops"] = rate
+    rates = product_rates(size, device)
+    results.found["product"] = rates
     with tempfile.TemporaryDirectory() as folder:
         recipe = read_recipe(Path(folder))
         models = make_models(recipe, size, device)
@@ -295,7 +302,7 @@ def run(results: Results, size: Size, device: str, only: Sequence[str], table: P
         plan += [(stage, rows, (REFERENCE, OURS, FAST)) for rows in fewer for stage in ("dft", "dpt")]
         for stage, rows, contenders in plan:
             case, place = make_case(recipe, stage, models, size, rows, device), {"stage": stage, "rows": rows}
-            results.note("floor", place, partial(floor_of, case, recipe, size, rate))
+            results.note("floor", place, partial(floor_of, case, recipe, size, rates))
             for contender in (one for one in contenders if not only or one.name in only):
                 place["name"] = contender.name
                 results.note("steps", place, partial(measure_contender, case, contender, size, device))

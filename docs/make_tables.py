@@ -93,9 +93,10 @@ def step() -> str:
     for floor in (line for line in told["floor"] if line["rows"] == most):
         stage = floor["stage"]
         lines = [line for line in told["steps"] if (line["stage"], line["rows"]) == (stage, most)]
-        rows.append((stage, "floor: its products at the rate measured", f"{floor['ms']:.0f}", "", "", ""))
-        rows += [(stage, line["name"], *_step_cost(line)) for line in lines]
-    header = ["stage", f"{most} rows", "ms", "x reference", "GiB", "x reference"]
+        for what, key in (("alone", "ms"), ("without a pause", "lasting_ms")):
+            rows.append((stage, f"floor: its products, as fast as one {what}", f"{floor[key]:.0f}", *[""] * 5))
+        rows += [(stage, line["name"], *_step_cost(line), *_drawn(line)) for line in lines]
+    header = ["stage", f"{most} rows", "ms", "x reference", "GiB", "x reference", "W", "MHz"]
     return measured(told["environment"]) + table(header, rows, text_columns=2)
 
 
@@ -104,6 +105,10 @@ def _step_cost(line: dict[str, Any]) -> tuple[str, ...]:
         return line.get("failed", line.get("skipped", "")), "", "", ""
     share = line["ms_to_reference"], line["gib_to_reference"]
     return f"{line['ms']:.0f}", f"{share[0]:.2f}", f"{line['gib']:.1f}", f"{share[1]:.2f}"
+
+
+def _drawn(line: dict[str, Any]) -> tuple[str, str]:
+    return f"{line['watts']:.0f}" if "watts" in line else "", f"{line['mhz']:,.0f}" if "mhz" in line else ""
 
 
 def step_headline() -> str:

@@ -4,8 +4,10 @@ import dataclasses
 import gc
 import json
 import math
+import threading
 
 import pipeline
+import power
 import pytest
 import scaling
 import step
@@ -94,11 +96,32 @@ def test_losses_and_gradients_of_ours_and_of_the_reference_agree(steps):
     assert lines[3]["gradient_error"].keys() == {"projector", "all"}  # dpt
 
 
+def test_what_a_gpu_draws_is_the_median_of_the_last_third(monkeypatch):
+    with power.watched("cpu") as none:
+        pass
+    assert none == {}
+    watts, third = iter([100_000, 200_000, 300_000, 900_000, 400_000, 500_000, 600_000]), threading.Event()
+
+    def drawn() -> int:
+        found = next(watts, 700_000)
+        if found == 600_000:
+            third.set()
+        return found
+
+    monkeypatch.setattr(torch.cuda, "power_draw", drawn)
+    monkeypatch.setattr(torch.cuda, "clock_rate", lambda: 1500)
+    with power.watched("cuda") as told:
+        third.wait(10)
+    assert told["watts"] in (550, 650, 700)
+    assert told["mhz"] == 1500
+
+
 def test_a_step_has_a_floor_and_a_profile(steps):
     told, table = steps
     assert [line["stage"] for line in told["floor"]] == ["dft", "dpt", "sft"]
     for line in told["floor"]:
-        assert line["ms"] == pytest.approx(1e3 * sum(line["tflop"].values()) / told["product_tflops"])
+        for time, rate in (("ms", "tflops"), ("lasting_ms", "lasting_tflops")):
+            assert line[time] == pytest.approx(1e3 * sum(line["tflop"].values()) / told["product"][rate])
     assert table.count("Self CPU") >= 4
     assert "ours, both compiled, dpt, 2 rows" in table
 
