@@ -329,18 +329,21 @@ def render(source: Path) -> None:
     import matplotlib.pyplot as plt
 
     found = json.loads(source.read_text(encoding="utf-8"))
+    most = max(found["size"]["rows"])
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
     for axis, stage in zip(axes, ("dft", "dpt"), strict=True):
-        lines = [line for line in found["steps"] if line["stage"] == stage and line["name"] in SHOWN and "ms" in line]
+        shown = [line for line in found["steps"] if (line["stage"], line["rows"]) == (stage, most)]
+        lines = [line for line in shown if line["name"] in SHOWN and "ms" in line]
         below = [0.0] * len(lines)
         for part, colour in COLOURS.items():
             heights = [line["parts_ms"].get(part, 0.0) for line in lines]
             names = [line["name"].replace(" ", "\n") for line in lines]
             axis.bar(names, heights, bottom=below, label=part, color=colour)
             below = [low + height for low, height in zip(below, heights, strict=True)]
-        floor = next(line["ms"] for line in found["floor"] if line["stage"] == stage)
-        axis.axhline(floor, color="black", linestyle="--", linewidth=1, label="floor: the products alone")
-        axis.set(title=f"{stage}, {lines[0]['rows']} rows", ylabel="milliseconds", ylim=(0, 1.1 * max(below)))
+        floor = next(line for line in found["floor"] if (line["stage"], line["rows"]) == (stage, most))
+        for key, style, name in (("ms", ":", "floor: products, alone"), ("lasting_ms", "--", "without a pause")):
+            axis.axhline(floor[key], color="black", linestyle=style, linewidth=1, label=name)
+        axis.set(title=f"{stage}, {most} rows", ylabel="milliseconds", ylim=(0, 1.1 * max(below)))
         axis.label_outer()
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     figure.savefig(Path("docs") / "performance-step.png", dpi=110)
