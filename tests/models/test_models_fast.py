@@ -9,10 +9,11 @@ import pytest
 import torch
 from model_parts import LANGUAGE_MODELS, VISION
 from sympy import sympify
-from torch import nn
+from torch import distributed, nn
 from torch._inductor import config as inductor
 from torch._inductor import virtualized
 from torch._inductor.runtime.hints import ReductionHint
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
@@ -118,3 +119,29 @@ def test_all_layers_of_both_parts_are_compiled():
     stacks = [module for module in layers if isinstance(module, nn.ModuleList)]
     assert len(stacks) == 2
     assert all(layer._compiled_call_impl is not None for stack in stacks for layer in stack)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of one."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield distributed.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def test_sizes_of_a_sharded_layer_are_constants_beside_a_wider_teacher(alone):
+    student, teacher = model_of("qwen2").float(), model_of("qwen2", hidden_size=32, head_dim=16).float()
+    for layer in student.model.language_model.layers:
+        fully_shard(layer, mesh=alone)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([type(given) for given in inputs])
+        return graph.forward
+
+    compile_layers(student, teacher, backend=backend)
+    ids = torch.randint(2, 16, (2, 5))
+    for model in (teacher, student):
+        final_hidden(model, ids, torch.ones_like(ids), torch.zeros_like(ids, dtype=torch.bool), None)
+    assert len(graphs) >= 2
+    assert not any(issubclass(kind, int | torch.SymInt) for kinds in graphs for kind in kinds)

@@ -76,6 +76,7 @@ def compile_layers(student: nn.Module, *others: nn.Module, **options: Any) -> No
     handler.should_use_persistent_reduction = fits
     virtualized.V.set_choices_handler(handler)
     config.comprehensive_padding = False  # a tower's 4,304 columns would become 4,352, and its bias leave the product
+    torch._dynamo.config.skip_fsdp_guards = False  # or a sharded layer's sizes are variables, and kernels slow (2.11)
     torch.compiler.reset()  # what an earlier stage compiled counts against a limit
     learns = any(weight.requires_grad for weight in student.get_submodule("model.language_model").parameters())
     torch._functorch.config.activation_memory_budget = _KEPT if learns else 1.0
