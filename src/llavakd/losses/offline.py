@@ -81,7 +81,6 @@ def _score(
         ce = F.nll_loss(student, labels.where(ce_weight != 0, IGNORE_INDEX), reduction="none")
         kl = torch.xlogy(p, p).sum(-1) - (p * student.gather(1, ids)).sum(-1)
         log_rest = student.scatter(1, ids, -torch.inf).logsumexp(-1)  # -inf where k is the whole vocabulary
-        counts = (rest > 0) & (log_rest > -torch.inf)
-        kl = kl + (torch.xlogy(rest, rest) - rest * log_rest).where(counts, 0)
+        kl = kl + (torch.xlogy(rest, rest) - rest * log_rest).where((rest > 0) & (log_rest > -torch.inf), 0)
         out.copy_(torch.autograd.grad((ce, kl), logits, (ce_weight, kl_weight))[0])
     return ce.detach(), kl.detach()

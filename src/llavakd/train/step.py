@@ -106,8 +106,7 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch], *, step: int) 
 
 def check_finite(results: Sequence[StepResult], stage: StageConfig) -> None:
     """Wait for these steps; raises NonFiniteError for the first whose gradient is not finite: weights are lost since."""
-    norms = torch.stack([result.grad_norm for result in results]).tolist()
-    for result, norm in zip(results, norms, strict=True):
+    for result, norm in zip(results, torch.stack([result.grad_norm for result in results]).tolist(), strict=True):
         if not math.isfinite(norm):
             parts = {name: float(value) for name, value in result.parts.items()}
             told = f"stage {stage.name}, step {result.step}: gradient norm is {norm}, parts {parts}"
