@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -142,6 +143,21 @@ def test_the_feature_layer_of_the_recipe_is_the_one_taken(tiny):
         for layer in (-2, -1)
     )
     assert not torch.allclose(first, last)
+
+
+@pytest.mark.parametrize("layer", [-4, 3])
+def test_a_feature_layer_that_the_tower_has_not_is_refused(tiny, layer):
+    told = f"student: vision_feature_layer is {layer}, expected a number from -3 to 2"
+    with pytest.raises(ModelError, match=re.escape(told)):
+        build_student(config(tiny, vision_feature_layer=layer), seed=0)
+
+
+def test_a_teacher_that_joins_several_layers_is_refused(tiny, tmp_path):
+    folder = shutil.copytree(tiny.teacher, tmp_path / "several")
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(settings | {"vision_feature_layer": [-2, -1]}), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"several: vision_feature_layer is \[-2, -1\], expected a number from"):
+        load_student(str(folder))
 
 
 def test_parts_taken_out_of_a_llava_folder_equal_its_weights_and_the_projector_is_fresh(tiny):

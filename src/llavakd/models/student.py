@@ -137,6 +137,9 @@ def outline(config: Any, tokenizer: Any = None, image_processor: Any = None) -> 
     if config.model_type not in FAMILIES or not hasattr(config, "image_seq_length"):
         told = f"{config.name_or_path} holds a {config.model_type!r} model, expected one of {', '.join(FAMILIES)}"
         raise ModelError(f"{told}; give a folder that LlavaForConditionalGeneration wrote")
+    if (layer := config.vision_feature_layer) not in range(~(last := config.vision_config.num_hidden_layers), last + 1):
+        whose = config.name_or_path or "student"
+        raise ModelError(f"{whose}: vision_feature_layer is {layer}, expected a number from {~last} to {last}")
     with torch.device("meta"):
         model = FAMILIES[config.model_type](config).float()  # parts take the dtype that their config names
     return VisionLanguageModel(model=model, tokenizer=tokenizer, image_processor=image_processor)

@@ -25,8 +25,7 @@ class Estimate(NamedTuple):
 
 def half_width(accuracy: float, n: int) -> float:
     """Return the half-width of the 95 % Wilson interval, which stays above 0 at accuracies of 0 and 1."""
-    spread = math.sqrt(accuracy * (1 - accuracy) / n + Z95**2 / (4 * n**2))
-    return Z95 * spread / (1 + Z95**2 / n)
+    return Z95 * math.sqrt(accuracy * (1 - accuracy) / n + Z95**2 / (4 * n**2)) / (1 + Z95**2 / n)
 
 
 def difference(row: Row, control: Row) -> Estimate:

@@ -161,8 +161,7 @@ def _load(dataset: RowDataset, rows: Iterable[list[int]], recipe: Recipe, state:
     options |= {"batch_sampler": rows, "collate_fn": functools.partial(collate_step, **how)}
     pinned = state.accelerator.device.type == "cuda"
     # A generator of its own: drawing worker seeds must not move the training's random state.
-    own = torch.Generator().manual_seed(recipe.seed)
-    return iter(DataLoader(dataset, generator=own, pin_memory=pinned, **options))
+    return iter(DataLoader(dataset, generator=torch.Generator().manual_seed(recipe.seed), pin_memory=pinned, **options))
 
 
 def _ignore_interrupt(worker: int) -> None:
