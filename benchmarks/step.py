@@ -7,8 +7,8 @@
 SigLIP-so400m-384, Qwen2.5-3B -> 0.5B, random weights, the same rows for all: 20 tokens, 729 of a picture, 180 of which the
 last 100 are the answer. No optimiser step, but for the contender that says so. The reference holds its student in bfloat16
 and runs both models whole; ours is the trainer's own path, float32 weights under autocast. `ms` is of steps in a row, as
-they are in training; `watts` and `mhz` are the GPU's meanwhile. Memory is what a contender needs by itself: its models, and the peak
-beyond what stands between two steps.
+they are in training; `watts` and `mhz` are the GPU's meanwhile. Memory is what a contender needs by itself: its models, and
+the peak beyond what stands between two steps.
 """
 
 from __future__ import annotations
