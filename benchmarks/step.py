@@ -37,7 +37,6 @@ from power import watched
 from step_contenders import (
     CONTENDERS,
     FAST,
-    GATES,
     NARROW,
     OURS,
     QUANTIZED,
@@ -298,7 +297,7 @@ def run(results: Results, size: Size, device: str, only: Sequence[str], table: P
             place = {"stage": stage, "rows": 2}
             case = make_case(recipe, stage, models, size, 2, device)
             results.note("agreement", place, partial(agreement, case))
-        distilled = (REFERENCE, CONTENDERS[1], OURS, FAST, QUANTIZED, USUAL, GATES, NARROW)
+        distilled = (REFERENCE, CONTENDERS[1], OURS, FAST, QUANTIZED, USUAL, NARROW)
         plan = [("dft", most, CONTENDERS), ("dpt", most, distilled), ("sft", most, (REFERENCE, OURS, FAST))]
         plan += [(stage, rows, (REFERENCE, OURS, FAST)) for rows in fewer for stage in ("dft", "dpt")]
         for stage, rows, contenders in plan:

@@ -26,7 +26,7 @@ from llavakd.data.chat import Segment
 from llavakd.data.collate import Batch
 from llavakd.losses.objective import Counts, count, objective
 from llavakd.losses.rows import IGNORE_INDEX
-from llavakd.models.fast import _KEPT, attend_by_rows, compile_layers, join_gates, trim_tower
+from llavakd.models.fast import _KEPT, attend_by_rows, compile_layers, trim_tower
 from llavakd.models.quantized import quantize
 from llavakd.models.student import VisionLanguageModel, final_hidden, student_config, vision_features
 from llavakd.train import step as trainer
@@ -75,7 +75,6 @@ class Contender:
     budget: share of the activations that a compiled layer may keep, the rest it makes again, cheapest first; None: as the trainer.
     own_tower: float32 under autocast, where the trainer takes the teacher's.
     own_choices: inductor's own of padding and reductions, where the trainer has others.
-    own_gates: the teacher's gated activations as inductor makes them, where the trainer has a kernel.
     narrow_between: what stands between the student's layers is bfloat16, where the trainer has float32.
     quantize: what a copy of the teacher is quantised to, None where the teacher itself is run.
     """
@@ -92,7 +91,6 @@ class Contender:
     own_tower: bool = False
     narrow_between: bool = False
     own_choices: bool = False
-    own_gates: bool = False
 
 
 BOTH = ("teacher", "student")
@@ -101,7 +99,6 @@ FAST = Contender(name="ours, both compiled", compiled=BOTH)
 QUANTIZED = Contender(name="ours, both compiled, fp8 teacher", compiled=BOTH, quantize="fp8")
 OURS = Contender(name="ours")
 USUAL = Contender(name="ours, both compiled, as inductor would", compiled=BOTH, own_choices=True)
-GATES = Contender(name="ours, both compiled, gates by inductor", compiled=BOTH, own_gates=True)
 NARROW = Contender(name="ours, both compiled, bfloat16 between layers", compiled=BOTH, narrow_between=True)
 CONTENDERS = (
     REFERENCE,
@@ -112,7 +109,6 @@ CONTENDERS = (
     FAST,
     QUANTIZED,
     USUAL,
-    GATES,
     Contender(name="ours, both compiled, the student's tower", compiled=BOTH, own_tower=True),
     NARROW,
     Contender(name="ours, both compiled, train_step", compiled=BOTH, optimizer=True),
@@ -232,18 +228,6 @@ def other_tower(model: VisionLanguageModel, tower: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def joined(model: VisionLanguageModel) -> Iterator[None]:
-    """Meanwhile its gated activations are what the trainer makes them."""
-    kinds = {module: type(module) for module in model.model.modules()}
-    join_gates(model.model)
-    try:
-        yield
-    finally:
-        for module, kind in kinds.items():
-            module.__class__ = kind
-
-
-@contextmanager
 def usual_choices() -> Iterator[None]:
     """Inductor as it is where nobody has set it up."""
     ours = virtualized.V.choices
@@ -276,8 +260,6 @@ def switched(case: Case, contender: Contender) -> Iterator[None]:
         if contender.checkpointing:
             student.gradient_checkpointing_enable()
             back.callback(student.gradient_checkpointing_disable)
-        if not contender.released and not contender.own_gates:
-            back.enter_context(joined(models.teacher))
         if contender.own_choices:
             back.enter_context(usual_choices())
         if contender.narrow_between:

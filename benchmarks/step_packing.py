@@ -30,7 +30,7 @@ from torch import Tensor
 from llavakd.config import Recipe
 from llavakd.data.chat import Rendered, Segment
 from llavakd.data.collate import Batch, Row, collate, collate_step
-from llavakd.models.fast import attend_by_rows, compile_layers, join_gates, trim_tower
+from llavakd.models.fast import attend_by_rows, compile_layers, trim_tower
 from llavakd.train.step import TrainState, set_learning_rate, train_step
 from losses import environment
 
@@ -99,7 +99,6 @@ def run(recipe: Recipe, size: Size, device: str, out: Path) -> None:
         trim_tower(model)
         if device == "cuda":
             attend_by_rows(model)
-    join_gates(models.teacher.model)
     compile_layers(*both, backend=size.backend)
     state = prepared(stage, models.student, models.teacher, vocab_size=len(models.student.head))
     set_learning_rate(state.optimizer, 0.0)  # all see the same weights

@@ -24,7 +24,7 @@ from llavakd.errors import UserError
 from llavakd.evaluate import compare_segments, evaluate_model
 from llavakd.models import student as students
 from llavakd.models.alignment import align
-from llavakd.models.fast import attend_by_rows, compile_layers, join_gates, trim_tower
+from llavakd.models.fast import attend_by_rows, compile_layers, trim_tower
 from llavakd.models.quantized import NF4Linear, quantize
 from llavakd.models.student import VisionLanguageModel, load_student, load_teacher
 from llavakd.preflight import check_before_training, claim_folder, used_sources
@@ -213,8 +213,6 @@ def _make_fast(recipe: Recipe, state: TrainState) -> None:
         trim_tower(model)
         if half and (model is student or model.dtype != torch.float32):  # the teacher is not under autocast
             attend_by_rows(model)
-    if teacher:
-        join_gates(teacher.model)
     park_tower(state)
     if recipe.compile:
         compile_layers(*models)

@@ -8,8 +8,6 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, LlavaForConditionalGeneration
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-from llavakd.ops.gated import gated
-
 _NAME = "llavakd_rows"
 _KEPT = 0.8  # share of its activations that a compiled layer keeps; benchmarks/results/step.json
 _LONGEST = 2**14  # numbers of a row that a reduction holds at once, to read them once; inductor's own limit is 1,024
@@ -59,29 +57,6 @@ def trim_tower(model: LlavaForConditionalGeneration) -> None:
     if tower.dtype != torch.float32 and tower.device.type == "cuda" and tower.config.hidden_act == "gelu_pytorch_tanh":
         for layer in layers:
             layer.mlp.fc1.__class__, layer.mlp.activation_fn = _GeluLinear, nn.Identity()
-
-
-class _GatedMLP(nn.Module):
-    """An `mlp` [..., K] -> [..., K] that never learns; gate, up and what joins them are one kernel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gated(x, self.gate_proj.weight, self.up_proj.weight))
-
-
-def join_gates(model: LlavaForConditionalGeneration) -> None:
-    """On a Hopper GPU let `mlp`s of a frozen language model in half precision run as _GatedMLP; quantised ones stay."""
-    from transformers.models.llama.modeling_llama import LlamaMLP
-    from transformers.models.mistral.modeling_mistral import MistralMLP
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
-    from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
-
-    if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device)[0] != 9:
-        return
-    for mlp in model.modules():
-        if type(mlp) in (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP) and isinstance(mlp.act_fn, nn.SiLU):
-            linears = [mlp.gate_proj, mlp.up_proj]
-            if all(type(one) is nn.Linear and one.bias is None and one.weight.dtype != torch.float32 for one in linears):
-                mlp.__class__ = _GatedMLP
 
 
 def compile_layers(student: nn.Module, *others: nn.Module, **options: Any) -> None:
