@@ -16,10 +16,12 @@ import itertools
 import json
 import math
 import os
+import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,7 +39,7 @@ from llavakd.data.pictures import read_image
 from llavakd.data.sampler import plan_epoch
 from llavakd.data.samples import load_samples
 from llavakd.models.student import VisionLanguageModel, outline_student
-from llavakd.train.loop import _load
+from llavakd.train.loop import _read
 from losses import environment
 
 MEAN_ANSWER, TEXT_ONLY = 150, 0.06  # words; share of rows
@@ -65,12 +67,15 @@ class Setup:
         """Epoch after epoch, grouped as the recipe does by default."""
         return itertools.chain.from_iterable(self.epoch("modality_length", number) for number in itertools.count())
 
-    def batches(self, workers: int) -> Iterator[Batch]:
-        """What the trainer's own loader makes of them."""
+    @contextmanager
+    def batches(self, workers: int) -> Iterator[Iterator[Batch]]:
+        """What the trainer itself reads of them, without an end."""
         recipe, device = dataclasses.replace(self.recipe, workers=workers), torch.device(self.device)
-        stage, accelerator = SimpleNamespace(max_tokens_per_batch=None), SimpleNamespace(device=device)
-        state: Any = SimpleNamespace(student=self.student, stage=stage, accelerator=accelerator)
-        return itertools.chain.from_iterable(_load(self.dataset, self.endless(), recipe, state))
+        accelerator = SimpleNamespace(device=device, process_index=0, num_processes=1)
+        order = {"global_batch_size": self.global_batch, "grouping": "modality_length", "max_tokens_per_batch": None}
+        state: Any = SimpleNamespace(student=self.student, stage=SimpleNamespace(**order), accelerator=accelerator)
+        with _read(state, self.dataset, recipe, start=0, steps=sys.maxsize, micro_batch_size=self.micro) as read:
+            yield itertools.chain.from_iterable(read)
 
 
 def write_rows(path: Path, rows: int, pictures: int, log_std: float) -> None:
@@ -157,20 +162,20 @@ def parts_of_a_row(setup: Setup, batches: int) -> dict[str, float]:
 def waiting(setup: Setup, workers: int, step_ms: float, seconds: float) -> dict[str, Any]:
     """Rows a second with a step that sleeps `step_ms`, and the share of the time that is spent waiting for a batch."""
     start = time.perf_counter()
-    batches = setup.batches(workers)
-    next(batches)
-    first = time.perf_counter() - start
-    for _ in range(2 * workers):  # what the workers had begun before anyone asked
+    with setup.batches(workers) as batches:
         next(batches)
-        time.sleep(step_ms / 1e3)
-    start, steps, waited = time.perf_counter(), 0, 0.0
-    while time.perf_counter() - start < seconds:
-        asked = time.perf_counter()
-        next(batches)
-        waited += time.perf_counter() - asked
-        time.sleep(step_ms / 1e3)
-        steps += 1
-    spent = time.perf_counter() - start
+        first = time.perf_counter() - start
+        for _ in range(2 * workers):  # what the workers had begun before anyone asked
+            next(batches)
+            time.sleep(step_ms / 1e3)
+        start, steps, waited = time.perf_counter(), 0, 0.0
+        while time.perf_counter() - start < seconds:
+            asked = time.perf_counter()
+            next(batches)
+            waited += time.perf_counter() - asked
+            time.sleep(step_ms / 1e3)
+            steps += 1
+        spent = time.perf_counter() - start
     line = {"workers": workers, "step_ms": step_ms, "steps": steps, "first_batch_s": first}
     return line | {"rows_per_s": steps * setup.micro / spent, "waiting": waited / spent if step_ms else None}
 

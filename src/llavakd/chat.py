@@ -36,10 +36,7 @@ def read_picture(path: str | Path) -> Image.Image:
 
 
 def answer(opened: Opened, picture: Image.Image, texts: Sequence[str], *, max_new_tokens: int = 512) -> Iterator[str]:
-    """Answer greedily the last of `texts` (question, answer, question, ...) with what `open_model` gave.
-
-    Yields the answer so far, once for each token and once at the end; closing the iterator stops the model.
-    """
+    """Answer the last of `texts` (question, answer, ...): so far, at each token and at the end; closing stops the model."""
     model, processor = opened[0].model, opened[1]
     if processor.chat_template is None:
         raise UserError("the model's folder has no chat template; take a later stage, or add a chat_template.jinja")

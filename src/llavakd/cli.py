@@ -209,5 +209,5 @@ def main() -> None:
         sys.exit(130)
     except SystemExit as end:  # typer turns Ctrl-C outside the training loop into exit code 130
         if end.code == 130:
-            say("interrupted; the same command goes on from the last checkpoint")
+            say("interrupted; the same command goes on from what is saved")
         raise

@@ -59,10 +59,7 @@ class SubsetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """One data file with its picture folder and the text form it is rendered in.
-
-    A JSON list or JSON lines in LLaVA's format, or parquet or a saved `datasets` folder with `images` and `messages`.
-    """
+    """Rows (LLaVA's JSON, a list or lines, parquet, or a `datasets` folder), their pictures and the form of their text."""
 
     path: str
     images: str | None = None

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from llavakd.config import DataConfig, EvaluationConfig, Recipe, StageConfig, TeacherConfig, resolve_paths
 from llavakd.data.collate import RowDataset, Source
 from llavakd.data.pictures import load_pixels
+from llavakd.data.readers import lost_process
 from llavakd.data.samples import Samples, load_samples
 from llavakd.errors import UserError
 from llavakd.evaluate import compare_segments, evaluate_model
@@ -32,7 +33,7 @@ from llavakd.progress import bar, say
 from llavakd.report import write_report
 from llavakd.shapes.world import write_world
 from llavakd.train.checkpoint import contents, write_folder, write_text
-from llavakd.train.loop import lost_process, run_stage
+from llavakd.train.loop import run_stage
 from llavakd.train.placement import join, place
 from llavakd.train.step import StudentModule, TrainState, park_tower
 from llavakd.train.taught import INDEX, TaughtStore, key_of, write_taught

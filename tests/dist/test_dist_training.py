@@ -191,7 +191,7 @@ def test_a_lost_process_ends_the_other_and_one_alone_goes_on(alone, command, tmp
     assert "Traceback" not in err
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert "a process of this run was lost" in line
-    assert line.endswith("the same command goes on from the last checkpoint")
+    assert line.endswith("the same command goes on from what is saved")
     done = command(*run)
     assert done.code == 0, done.err
     assert "stage sft: 4 steps of 8 rows = 1 processes" in done.err

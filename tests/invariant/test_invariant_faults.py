@@ -77,12 +77,24 @@ def test_a_reading_process_that_dies_is_named(tiny, command, tmp_path, uninterru
                 os.kill(reader, signal.SIGKILL)
         time.sleep(0.01)
     _, err = process.communicate(timeout=120)
-    assert_refused(process.returncode, err)
-    assert "a process of this run was lost" in err or "DataLoader worker" in err  # the latter alone while it saves
+    assert_refused(process.returncode, err, "a process of this run was lost: ")
     done = command("train", recipe, "--out", tmp_path / "run")
     assert done.code == 0, done.err
     assert "resuming after step" in done.err
     assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_a_reading_process_that_dies_while_data_is_looked_at_is_named(tiny, command, tmp_path):
+    rows, many = json.loads((tiny.world / "instruct.json").read_text()), tmp_path / "many.json"
+    many.write_text(json.dumps(rows * (40_000 // len(rows))))  # so many that it is at work when it is killed
+    process = command.start("check", "--data", many, "--images", tiny.world / "images", "--workers", 2)
+    deadline = time.monotonic() + 60
+    while not (readers := children(process)) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    for reader in readers:
+        os.kill(reader, signal.SIGKILL)
+    done = command.finish()
+    assert_refused(done.code, done.err, "a process of this run was lost: DataLoader worker")
 
 
 def test_a_picture_folder_that_vanishes_stops_the_run(tiny, command, tmp_path, uninterrupted):

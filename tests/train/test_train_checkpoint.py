@@ -136,6 +136,18 @@ def test_a_write_that_fails_leaves_what_stood_there(folder):
     assert [path.name for path in (folder / "step-10").iterdir()] == ["new"]
 
 
+def test_the_loss_of_a_reading_process_meanwhile_is_not_told_as_a_full_disk(tmp_path):
+    lost = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    def fill(partial):
+        raise lost
+
+    with pytest.raises(RuntimeError) as told:
+        write_folder(tmp_path / "step-10", fill)
+    assert told.value is lost
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_checkpoint_of_other_tensors_is_refused_by_name(folder):
     module, optimizer = fresh(0)
     module[0].requires_grad_(True)

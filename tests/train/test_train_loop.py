@@ -6,7 +6,6 @@ import os
 import signal
 
 import pytest
-import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
@@ -140,23 +139,3 @@ def test_every_step_is_logged_once_with_its_rate_also_after_a_sitting_that_logge
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert [line["lr"] for line in lines] == pytest.approx([0.0, 1.0e-3, 0.75e-3, 0.25e-3])  # warm-up of one step
-
-
-class Unreadable(torch.utils.data.Dataset):
-    def __init__(self, error: Exception) -> None:
-        self.error = error
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, index: int) -> None:
-        raise self.error
-
-
-@pytest.mark.parametrize("error", [RuntimeError("unequal sizes"), EOFError("no more"), ConnectionError("refused")])
-def test_what_a_reader_raises_is_not_told_as_its_loss(error):
-    with (
-        pytest.raises(type(error), match=f"Caught (.|\n)*{error}"),
-        loop.lost_process((RuntimeError, ConnectionError, EOFError)),
-    ):
-        list(torch.utils.data.DataLoader(Unreadable(error), num_workers=1))

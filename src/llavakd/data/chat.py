@@ -68,10 +68,7 @@ class ChatRenderer:
         self._prefix = leading if leading == [self.tokenizer.bos_token_id] else []
 
     def render(self, sample: Sample) -> Rendered:
-        """The whole conversation, cut on the right at `max_length`.
-
-        Raises DataError: nothing to supervise, a cut through a picture, or a picture tag inside an answer.
-        """
+        """The conversation, cut at `max_length`; DataError: nothing to learn, a cut picture, a tag in an answer."""
         (row,) = self.render_each([sample])
         if isinstance(row, DataError):
             raise row

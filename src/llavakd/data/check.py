@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import get_worker_info
 
 from llavakd.config import DataConfig
 from llavakd.data.chat import ChatRenderer, Segment
 from llavakd.data.files import DataError, is_table
 from llavakd.data.pictures import read_image
+from llavakd.data.readers import reading
 from llavakd.data.samples import Sample, load_samples
 from llavakd.progress import bar
 
@@ -45,10 +46,10 @@ def check_source(
     first: dict[bytes, int] = {}  # the first row of each digest
     tokens, good, done = list[list[int]](), list[int](), 0
     workers = min(workers or os.cpu_count() or 1, len(samples) // _CHUNK + 1)
-    options: dict[str, Any] = {"dataset": samples, "num_workers": workers if workers > 1 else 0}
-    look_at = partial(_look_at, data, readers, fast, set())
-    with bar(f"check {Path(data.path).name}", len(samples)) as advance:
-        for looks in DataLoader(**options, batch_size=_CHUNK, collate_fn=look_at):
+    options: dict[str, Any] = {"num_workers": workers if workers > 1 else 0, "batch_size": _CHUNK}
+    read = reading(samples, collate_fn=partial(_look_at, data, readers, fast, set()), **options)
+    with bar(f"check {Path(data.path).name}", len(samples)) as advance, read as chunks:
+        for looks in chunks:
             for index, (digest, counts, wrong) in enumerate(looks, done):
                 if (same := first.setdefault(digest, index)) != index:
                     wrong["duplicate"] = f"the same as row {samples[same].id!r}"

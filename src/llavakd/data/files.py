@@ -20,10 +20,7 @@ class DataError(UserError):
 
 
 def scan(path: Path) -> Iterator[tuple[tuple[int, int], Any]]:
-    """((where, how long), row) of every row in order, holding a few of them at a time.
-
-    Raises DataError: an unreadable file, or one that is neither a list nor lines of JSON nor a table.
-    """
+    """((where, how long), row) of every row in order, a few held at a time; DataError where it is neither JSON nor a table."""
     if is_table(path):
         yield from (((index, 1), row_at(path, (index, 1))) for index in range(len(_table(str(path)))))
         return

@@ -1,7 +1,4 @@
-"""Divergences between two distributions per row: one term per vocabulary entry, whose sum is the divergence.
-
-P is the teacher's distribution, Q the student's; everything is in nats and works on log-probabilities [N, V].
-"""
+"""Divergences of rows in nats: a term for each vocabulary entry, from log-probabilities [N, V] of P, the teacher, and Q."""
 
 import math
 from collections.abc import Callable

@@ -1,7 +1,4 @@
-"""Cross-entropy and divergence of selected rows, from hidden states and heads, never holding [rows, vocabulary].
-
-Gradients are made in the forward pass, chunk by chunk; backward only scales them.
-"""
+"""Cross-entropy and divergence of chosen rows, their gradients made on the way, by chunks: no [rows, vocabulary] is held."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple

@@ -1,7 +1,4 @@
-"""Vision tower + projector + language model -> one transformers LLaVA model, and its forward in two halves.
-
-The halves, `vision_features` and `final_hidden`, exist so that one frozen tower can serve student and teacher.
-"""
+"""Vision tower + projector + language model -> a transformers LLaVA; its forward in halves, so that one tower serves two."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -73,10 +70,7 @@ class VisionLanguageModel:
 
 
 def add_updates(student: VisionLanguageModel, rank: int, *, seed: int) -> Any:
-    """Let W + 2 B A stand for each matrix of the language model's layers, B zero; only A and B learn of it (LoRA).
-
-    What is returned has `merge_and_unload`, after which the student is again what it was, of other weights.
-    """
+    """Let W + 2 B A (LoRA), B zero, stand for each matrix of the decoder's layers until `merge_and_unload` is called."""
     peft = optional("peft", "lora_rank", "lora")
     torch.manual_seed(seed)
     settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
@@ -84,10 +78,7 @@ def add_updates(student: VisionLanguageModel, rank: int, *, seed: int) -> Any:
 
 
 def build_student(config: StudentConfig, *, seed: int) -> VisionLanguageModel:
-    """Assemble a float32 student with a fresh projector from folders (or hub names).
-
-    Raises ModelError: a part that cannot be loaded, or whose kind does not fit.
-    """
+    """A float32 student with a fresh projector, from folders or hub names; ModelError: a part is missing or unfit."""
     torch.manual_seed(seed)
     vision_tower = parts.load_vision_tower(config.vision_tower, scratch="vision_tower" in config.from_scratch)
     language_model = parts.load_language_model(config.language_model, scratch="language_model" in config.from_scratch)

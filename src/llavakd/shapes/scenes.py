@@ -59,10 +59,7 @@ class Scene:
 
 
 def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
-    """All of the scene and nothing else, in words: `northwest big red circle, center small blue square.`.
-
-    In reading order (no `rng`) it is the scene's key; `rng` shuffles the things, so that each place is looked up.
-    """
+    """All of the scene: `northwest big red circle, center small blue square.`; `rng` shuffles what is else its key."""
     things = scene.things if rng is None else [scene.things[place] for place in rng.permutation(len(scene.things))]
     return ", ".join(f"{PLACES[thing.cell]} {thing.size} {thing.name}" for thing in things) + "."
 

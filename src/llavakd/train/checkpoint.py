@@ -37,6 +37,8 @@ def write_folder(folder: Path, fill: Callable[[Path], Any], *, flush: bool = Tru
         partial.rename(folder)
         _flush(folder.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors say so that a disk is full
+        if "DataLoader worker (pid" in str(error):  # which torch raises wherever it is told of one that died
+            raise
         raise UserError(f"cannot write {folder}: {error}; make room, or give another place, and begin again") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

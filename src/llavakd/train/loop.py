@@ -1,23 +1,22 @@
 """The loop of one stage: data in order, step, log, checkpoint, and a clean stop on Ctrl-C."""
 
-import functools
 import json
-import re
 import resource
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from llavakd.config import Recipe, StageConfig
 from llavakd.data.collate import Batch, RowDataset, collate_step
+from llavakd.data.readers import reading
 from llavakd.data.sampler import micro_batches
 from llavakd.data.samples import too_many
 from llavakd.errors import UserError
@@ -54,21 +53,6 @@ def micro_batch_size(stage: StageConfig, *, processes: int) -> int:
     return micro
 
 
-@contextmanager
-def lost_process(kinds: tuple[type[Exception], ...] = (RuntimeError,)) -> Iterator[None]:
-    """Make what is raised where a process of the run, or one that reads its rows, is gone a UserError."""
-    try:
-        yield
-    except kinds as error:
-        lost = isinstance(error, torch.distributed.DistError) or re.search(r"gloo|DataLoader worker \(pid", str(error))
-        raised = re.match("Caught .* in DataLoader worker", str(error))  # there, by one that is alive
-        if raised or (isinstance(error, RuntimeError) and not lost):  # gloo and torch's loader raise nothing narrower
-            raise
-        told = "a process of this run was lost: " + re.split(r"\. |\n", str(error))[0]
-        raise UserError(f"{told}; the same command goes on from the last checkpoint") from error
-
-
-@lost_process((RuntimeError, ConnectionError, EOFError))  # each is how the loss of one that reads may show
 def run_stage(state: TrainState, dataset: RowDataset, recipe: Recipe, folder: Path) -> Progress:
     """Train a stage to its end, from its newest checkpoint on; raises Interrupted, once saved, and UserError."""
     stage, accelerator, main = state.stage, state.accelerator, state.accelerator.is_main_process
@@ -83,13 +67,10 @@ def run_stage(state: TrainState, dataset: RowDataset, recipe: Recipe, folder: Pa
         known = {"steps": steps, "rows": len(dataset), "processes": processes, "micro": micro, "done": progress.step}
         say(render("stage.jinja", stage=stage, accumulation=accumulation, **known))
         _drop_later_metrics(folder / "metrics.jsonl", progress.step)
-    order: dict[str, Any] = {"global_batch_size": stage.global_batch_size, "grouping": stage.grouping}
-    order |= {"seed": recipe.seed, "start": progress.step, "steps": steps, "micro_batch_size": micro}
-    order |= {"rank": accelerator.process_index, "world_size": processes}
-    batches = _load(dataset, micro_batches(dataset.lengths, **order), recipe, state)
     window: list[StepResult] = []
     started, logged = time.perf_counter() - progress.seconds, progress.seconds
-    with bar(stage.name, steps, shown=main) as advance, _stop_signals() as stop:
+    read = _read(state, dataset, recipe, start=progress.step, steps=steps, micro_batch_size=micro)
+    with bar(stage.name, steps, shown=main) as advance, _stop_signals() as stop, read as batches:
         while progress.step < steps:
             set_learning_rate(state.optimizer, learning_rate(progress.step, steps=steps, stage=stage))
             together = [batch for _ in range(accumulation) for batch in next(batches)]
@@ -155,18 +136,16 @@ def _drop_later_metrics(path: Path, step: int) -> None:
         write_text(path, "".join(kept))
 
 
-def _load(dataset: RowDataset, rows: Iterable[list[int]], recipe: Recipe, state: TrainState) -> Iterator[list[Batch]]:
-    how = {"pad_token_id": state.student.tokenizer.pad_token_id, "max_tokens": state.stage.max_tokens_per_batch}
-    options: dict[str, Any] = {"num_workers": recipe.workers, "worker_init_fn": _ignore_interrupt}
-    options |= {"batch_sampler": rows, "collate_fn": functools.partial(collate_step, **how)}
-    pinned = state.accelerator.device.type == "cuda"
+def _read(state: TrainState, dataset: RowDataset, recipe: Recipe, **order: Any) -> AbstractContextManager[Any]:
+    """What this process reads of the stage, a list of batches at a time; `order` as micro_batches takes it."""
+    stage, accelerator = state.stage, state.accelerator
+    order |= {"global_batch_size": stage.global_batch_size, "grouping": stage.grouping, "seed": recipe.seed}
+    order |= {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    how = {"pad_token_id": state.student.tokenizer.pad_token_id, "max_tokens": stage.max_tokens_per_batch}
+    options: dict[str, Any] = {"num_workers": recipe.workers, "pin_memory": accelerator.device.type == "cuda"}
     # A generator of its own: drawing worker seeds must not move the training's random state.
-    return iter(DataLoader(dataset, generator=torch.Generator().manual_seed(recipe.seed), pin_memory=pinned, **options))
-
-
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; only the main process acts on it, and it still needs its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    options |= {"generator": torch.Generator().manual_seed(recipe.seed), "collate_fn": partial(collate_step, **how)}
+    return reading(dataset, batch_sampler=micro_batches(dataset.lengths, **order), **options)
 
 
 @contextmanager

@@ -13,11 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from llavakd.config import LossConfig, TeacherConfig
 from llavakd.data.chat import Segment
 from llavakd.data.collate import Batch, RowDataset, collate
+from llavakd.data.readers import reading
 from llavakd.errors import UserError
 from llavakd.losses.objective import row_places
 from llavakd.losses.offline import Taught
@@ -100,12 +100,12 @@ def write_taught(folder: Path, state: TrainState, dataset: RowDataset, index: di
     say(told)
     if free < size:
         raise UserError(f"{told}, but {free / 2**30:.2g} are free; lower --top-k or --visual-share")
-    loader: Any = DataLoader(dataset, batch_size=16, num_workers=workers, collate_fn=together)
-    with bar(f"cache {state.stage.name}", len(loader)) as advance:
-        for number, batch in enumerate(loader, start=1):
+    read, batches = reading(dataset, batch_size=16, num_workers=workers, collate_fn=together), -(-len(dataset) // 16)
+    with bar(f"cache {state.stage.name}", batches) as advance, read as found:
+        for number, batch in enumerate(found, start=1):
             for name, values in _said(state, batch, index).items():
                 held.setdefault(name, []).append(values)
-            if held and (number == len(loader) or sum(ids.nbytes for ids in held["ids"]) > _SHARD):
+            if held and (number == batches or sum(ids.nbytes for ids in held["ids"]) > _SHARD):
                 save_file({name: torch.cat(held.pop(name)) for name in [*held]}, folder / f"{number:07}.safetensors")
             advance(number)
     (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")

@@ -1,0 +1,47 @@
+"""Processes that read rows for this one: how they end, and what is said where one of them, or of the run, is lost."""
+
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.distributed import DistError
+from torch.utils.data import DataLoader
+
+from llavakd.errors import UserError
+
+
+@contextmanager
+def lost_process(kinds: tuple[type[Exception], ...] = (RuntimeError,)) -> Iterator[None]:
+    """Make what is raised where a process of the run, or one that reads its rows, is gone a UserError."""
+    try:
+        yield
+    except kinds as error:
+        lost = isinstance(error, DistError) or re.search(r"gloo|DataLoader worker \(pid", str(error))
+        raised = re.match("Caught .* in DataLoader worker", str(error))  # there, by one that is alive
+        if raised or (isinstance(error, RuntimeError) and not lost):  # gloo and torch's loader raise nothing narrower
+            raise
+        told = "a process of this run was lost: " + (re.split(r"\. |\n", str(error))[0] or "one that reads rows")
+        raise UserError(f"{told}; the same command goes on from what is saved") from error
+
+
+@contextmanager
+def reading(dataset: Any, **options: Any) -> Iterator[Iterator[Any]]:
+    """What a DataLoader with these options gives; UserError where a process is lost meanwhile. None is left afterwards."""
+    with lost_process((RuntimeError, ConnectionError, EOFError)):  # each is how the loss of one that reads may show
+        batches: Any = iter(DataLoader(dataset, worker_init_fn=_ignore_interrupt, **options))
+        try:
+            yield batches
+        finally:  # unheard: of one that dies torch raises from a signal, wherever this process is by then
+            main = threading.current_thread() is threading.main_thread()
+            heard = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main else None
+            getattr(batches, "_shutdown_workers", lambda: None)()  # none where this process reads itself
+            if heard is not None:
+                signal.signal(signal.SIGCHLD, heard)
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches the whole process group; only the main process acts on it, and it still needs its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
