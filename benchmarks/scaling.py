@@ -1,11 +1,13 @@
 """How far several GPUs go: the trainer's own step on one and on N of them, 16 rows each, replicated and in shards.
 
     python benchmarks/scaling.py --out benchmarks/results/scaling.json       # on 2 H200, some six minutes
+    python benchmarks/scaling.py --out benchmarks/results/scaling_alone.json --alone      # on one, two minutes
     python benchmarks/scaling.py --out /tmp/scaling.json --tiny              # anywhere, in a minute: does it run?
 
 SigLIP-so400m-384, Qwen2.5-3B -> 0.5B, random weights, stage dft, rows as in step.py. It starts itself on one device and on
 N by torchrun, with models as they are and, but with --tiny, compiled. First a few steps on the same N times 16 rows, which
 one device takes as N micro-batches: their losses are compared. Then the time of a step, optimiser and all, on 16 rows each.
+With `--alone` one device holds all of what it would share, by the same code: what shards cost beside the wires.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ import torch
 from accelerate import Accelerator
 from plan_measured import batch_of, stage_of, whole
 from step_contenders import TINY, Size, cast, fit, read_recipe
+from torch import distributed
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig
 
 from llavakd.config import Recipe
@@ -41,6 +45,19 @@ from losses import environment
 
 COMPARED = 3  # steps whose losses are compared
 SHARDINGS = ("none", "student", "both", "zero2", "zero3")
+ALONE = SHARDINGS[:3]
+
+
+class Several:
+    """An accelerator that takes itself for one of two, so that `place` makes shards, of one process."""
+
+    num_processes = 2
+
+    def __init__(self, own: Accelerator) -> None:
+        self.own = own
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)
 
 
 def random_model(config: Any, size: Size, device: torch.device, seed: int) -> VisionLanguageModel:
@@ -60,7 +77,7 @@ def rows_of(size: Size, share: int) -> Batch:
 
 
 def made_ready(
-    recipe: Recipe, size: Size, accelerator: Accelerator, teacher: VisionLanguageModel, sharding: str
+    recipe: Recipe, size: Size, accelerator: Any, teacher: VisionLanguageModel, sharding: str, alone: bool
 ) -> TrainState:
     """A fresh student and this teacher as the pipeline places them."""
     student, stage = random_model(student_config(recipe.student), size, accelerator.device, 1), stage_of(recipe, "dft")
@@ -69,7 +86,8 @@ def made_ready(
     student.train_only(stage.train)
     pair = Pair(vocab_size=len(student.head), shared_tower=True, note="")
     module = StudentModule(student, stage, pair.vocab_size)
-    module, optimizer = place(accelerator, module, teacher.model, stage, sharding)  # type: ignore[assignment]
+    holder = Several(accelerator) if alone else accelerator
+    module, optimizer = place(holder, module, teacher.model, stage, sharding)  # type: ignore[assignment]
     student.model.train()
     given: dict[str, Any] = {"accelerator": accelerator, "module": module, "optimizer": optimizer, "student": student}
     state = TrainState(**given, teacher=teacher, pair=pair, stage=stage)
@@ -89,14 +107,14 @@ def measured(state: TrainState, size: Size, shares: list[Batch]) -> dict[str, An
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     accelerator.wait_for_everyone()
-    tokens, started = 0, time.perf_counter()
-    for step in range(size.repeats):
+    tokens, steps, started = 0, 4 * size.repeats, time.perf_counter()
+    for step in range(steps):
         tokens += train_step(state, own[:1], step=step).counted["tokens"]
     if cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
-    return {"ms": 1e3 * seconds / size.repeats, "tokens_per_s": tokens / seconds, "gib": peak, "losses": losses}
+    return {"ms": 1e3 * seconds / steps, "tokens_per_s": tokens / seconds, "gib": peak, "losses": losses}
 
 
 def numbers(result: StepResult) -> dict[str, float]:
@@ -105,8 +123,10 @@ def numbers(result: StepResult) -> dict[str, float]:
     return {name: float(value) for name, value in told.items()}
 
 
-def work(size: Size, most: int, compiled: bool) -> None:
+def work(size: Size, most: int, compiled: bool, alone: bool) -> None:
     """What each process does; the first one prints a line for each way to hold the models."""
+    if alone:  # which the trainer, of one process, would not ask for
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     with tempfile.TemporaryDirectory() as folder:
         # By the third step of small models one weight that bfloat16 rounds to the other side moves the gradient by 4e-5.
         precision = "fp32" if size.small else "bf16"
@@ -117,10 +137,13 @@ def work(size: Size, most: int, compiled: bool) -> None:
         cast(teacher, torch.bfloat16)
         teacher.model.requires_grad_(False).eval()
         shares = [rows_of(size, share) for share in range(most)]
-        ways = [one for one in SHARDINGS if not (compiled and one == "zero3")]  # which is refused
-        for sharding in ways if accelerator.num_processes > 1 else ways[:1]:
-            state = made_ready(recipe, size, accelerator, teacher, sharding)
-            how = {"processes": accelerator.num_processes, "sharding": sharding, "compiled": compiled}
+        ways = ALONE if alone else SHARDINGS if accelerator.num_processes > 1 else ALONE[:1]
+        for sharding in ways:
+            if compiled and sharding == "zero3":  # which is refused
+                continue
+            state = made_ready(recipe, size, accelerator, teacher, sharding, alone)
+            how = {"processes": accelerator.num_processes, "sharding": sharding, "compiled": compiled, "alone": alone}
+            how["shards"] = sum(isinstance(weight, DTensor) for weight in state.module.parameters())
             line = how | measured(state, size, shares)
             if accelerator.is_main_process:
                 print(json.dumps(line), flush=True)
@@ -133,7 +156,8 @@ def work(size: Size, most: int, compiled: bool) -> None:
 
 def lines_of(processes: int, most: int, *flags: str) -> Iterator[dict[str, Any]]:
     """Start this script on so many devices and read what it prints; why it ended, if it failed."""
-    by = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    by = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    by = by if processes > 1 or "--alone" in flags else []
     command = [sys.executable, *by, __file__, "--work", "--processes", str(most), *flags]
     cpu = {} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"}  # or they would not know one another
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | cpu) as process:
@@ -156,22 +180,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tiny", action="store_true", help="models of a few layers, to see that everything runs")
     parser.add_argument("--processes", type=int, default=2, help="how many devices beside one")
+    parser.add_argument("--alone", action="store_true", help="one device, and shards of one process")
     parser.add_argument("--compiled", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     size = TINY if options.tiny else Size()
     if options.work:
-        work(size, options.processes, options.compiled)
+        work(size, options.processes, options.compiled, options.alone)
         return
     if options.out is None:
         parser.error("--out is missing")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found: dict[str, Any] = {"environment": environment(device), "size": dataclasses.asdict(size), "lines": []}
     ways = ([], ["--compiled"])[: 1 if options.tiny else 2]
-    cases = [(how, processes) for how in ways for processes in (1, options.processes)]
-    for how, processes in cases:
-        for line in lines_of(processes, options.processes, *how, *["--tiny"] * options.tiny):
-            if processes == 1:
+    most, several = (1, ["--alone"]) if options.alone else (options.processes, [])
+    cases = [(how, *who) for how in ways for who in ((1, []), (most, several))]
+    for how, processes, together in cases:
+        for line in lines_of(processes, most, *how, *["--tiny"] * options.tiny, *together):
+            if processes == 1 and not together:
                 base = line
             if "losses" in line and "losses" in base:
                 line |= beside(line, base)

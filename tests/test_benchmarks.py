@@ -167,3 +167,15 @@ def test_two_processes_have_the_losses_of_one_in_every_way_to_hold_the_models(tm
         assert line["loss_error"].keys() == {*PARTS, "loss", "grad_norm"}
         assert max(line["loss_error"].values()) < 1e-5
         assert line["scaling"] == pytest.approx(line["tokens_per_s"] / base["tokens_per_s"] / 2)
+
+
+@pytest.mark.dist
+def test_shards_of_one_process_have_the_losses_of_none(tmp_path):
+    out = tmp_path / "scaling.json"
+    scaling.main(["--tiny", "--alone", "--out", str(out)])
+    base, *lines = json.loads(out.read_text(encoding="utf-8"))["lines"]
+    assert [(line["processes"], line["sharding"]) for line in lines] == [(1, one) for one in scaling.ALONE]
+    for line in lines:
+        assert max(line["loss_error"].values()) < 1e-5
+    assert [line["shards"] > 20 for line in lines] == [False, True, True]
+    assert [line["alone"] for line in (base, *lines)] == [False, True, True, True]
