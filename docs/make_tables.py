@@ -201,6 +201,24 @@ def scaling() -> str:
     return measured(told["environment"]) + table(header, rows)
 
 
+def scaling_alone() -> str:
+    """The step in shards of one process beside that of a plain one."""
+    told = read("scaling_alone")
+    rows = [
+        (
+            "compiled" if line["compiled"] else "not compiled",
+            f"`{line['sharding']}`" if line["alone"] else "",
+            f"{line['ms']:.0f}",
+            f"{line['scaling']:.3f}",
+            f"{line['gib']:.1f}",
+            f"{line['loss_error']['loss']:.0e}" if line["alone"] else "",
+        )
+        for line in told["lines"]
+    ]
+    header = ["", "`sharding`", "ms", "x a plain process", "peak GiB", "loss off by"]
+    return measured(told["environment"]) + table(header, rows)
+
+
 def plan_measured() -> str:
     """Planned and measured bytes and FLOPs."""
     told = read("plan_measured")
@@ -311,6 +329,7 @@ TABLES = {
     "packing": packing,
     "loader": loader,
     "scaling": scaling,
+    "scaling alone": scaling_alone,
     "plan measured": plan_measured,
     "gpu tests": gpu_tests,
     "plan": plan,
