@@ -10,7 +10,7 @@ from llavakd.config import DataConfig, Recipe, differing_keys, dump_recipe, reso
 from llavakd.data.check import check_source
 from llavakd.data.files import DataError
 from llavakd.data.samples import Samples, too_many
-from llavakd.errors import UserError
+from llavakd.errors import UserError, optional
 from llavakd.models.alignment import align
 from llavakd.models.student import VisionLanguageModel, outline_folder, outline_student
 from llavakd.progress import say
@@ -46,10 +46,14 @@ def claim_folder(recipe: Recipe, out: Path) -> None:
 
 
 def check_before_training(recipe: Recipe, samples: Mapping[str, Samples], processes: int) -> None:
-    """The check that takes seconds: batches, the pair, whether a spread of every source's rows renders; UserError."""
+    """What takes seconds: batches, extras, the pair, whether a spread of every source's rows renders; UserError."""
     for stage in recipe.stages:
         total_steps(sum(round(weight * len(samples[name])) for name, weight in stage.sources.items()), stage)
         micro_batch_size(stage, processes=processes)
+        if stage.lora_rank:
+            optional("peft", "lora_rank", "lora")
+        if stage.lora_base == "nf4":
+            optional("bitsandbytes", "lora_base: nf4", "qlora")
     student, *_ = readers_of(recipe)
     for name in dict.fromkeys(name for stage in recipe.stages for name in stage.sources):
         for mistake in samples[name].mistakes:

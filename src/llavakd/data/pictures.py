@@ -24,10 +24,7 @@ def load_pixels(data: DataConfig, names: Sequence[Any], image_processor: Any) ->
 
 
 def read_image(data: DataConfig, name: Any) -> Image.Image:
-    """The picture `name` of a folder, zip or tar archive, or table, upright and as RGB; or an opened picture, likewise.
-
-    Raises DataError: a missing or unreadable picture, or one beyond PIL's limit against decompression bombs; named.
-    """
+    """A picture of a folder, archive or table, or an opened one, upright, as RGB; DataError: missing, broken, a bomb."""
     if isinstance(name, Image.Image):
         return upright_rgb(name)
     place = (data.path if name.startswith("@") else data.images) or ""

@@ -32,14 +32,12 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def precise_product(left: Tensor, right: Tensor) -> Tensor:
-    """[..., n, k] @ [..., k, m] to float32 rounding; on a GPU as sums of bfloat16 products, which tensor cores take.
-
-    A float32 number is a sum of three bfloat16 ones; products of parts below the last bit are left out (arXiv 1904.06376).
-    """
+    """[..., n, k] @ [..., k, m] to float32 rounding; on a GPU as sums of bfloat16 products (arXiv 1904.06376)."""
     if not left.is_cuda or torch.float64 in (left.dtype, right.dtype):
         exact = torch.promote_types(torch.float32, torch.promote_types(left.dtype, right.dtype))
         return left.to(exact) @ right.to(exact)
     lefts, rights = parts_of(left), parts_of(right)
+    # A float32 number is a sum of three bfloat16 ones; products of parts below the last bit are left out.
     pairs = [(one, other) for i, one in enumerate(lefts) for other in rights[: 3 - i]]
     multiply, add = (torch.mm, torch.addmm) if left.dim() == 2 else (torch.bmm, torch.baddbmm)
     result = multiply(*pairs[-1], out_dtype=torch.float32)
