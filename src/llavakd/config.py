@@ -59,7 +59,10 @@ class SubsetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Rows (LLaVA's JSON, a list or lines, parquet, or a `datasets` folder), their pictures and the form of their text."""
+    """One data file with its picture folder and the text form it is rendered in.
+
+    A JSON list or JSON lines in LLaVA's format, or parquet or a saved `datasets` folder with `images` and `messages`.
+    """
 
     path: str
     images: str | None = None

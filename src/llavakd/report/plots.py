@@ -30,10 +30,7 @@ def loss_curves(results: Results) -> dict[str, str]:
 
 
 def gram_pictures(grams: Sequence[NDArray[np.float32]]) -> tuple[list[str], tuple[float, float], str]:
-    """Draw square matrices, at least one, on one colour scale, each divided by its Frobenius norm.
-
-    Returns one PNG data URI a matrix, the values at the two ends of the scale, and the scale as a PNG data URI.
-    """
+    """Square matrices, each over its Frobenius norm, on one scale: a PNG data URI each, the scale's two ends and its URI."""
     scaled = [gram / max(float(np.linalg.norm(gram)), 1e-12) for gram in grams]
     low, high = np.percentile(np.concatenate([matrix.ravel() for matrix in scaled]), [1, 99])
     shades = [np.clip((matrix - low) / max(high - low, 1e-12), 0, 1) for matrix in scaled]
