@@ -214,6 +214,7 @@ class Terminal:
     def __init__(self, argv):
         self.pid, self.screen = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell in the background had turned off
             os.execv(argv[0], [str(word) for word in argv])
         self.shown = ""
 
