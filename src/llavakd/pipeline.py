@@ -275,6 +275,7 @@ def _feature_store(run: Run, source: str, state: TrainState) -> dict[str, torch.
     key = _digest([data.images or data.path, names, student.image_processor.to_dict(), weights])
     path = run.out / "features" / f"{key[:16]}.safetensors"
     if not path.is_file():
+        trim_tower(student.model)
         held: dict[str, torch.Tensor] = {}
         with bar(f"encode pictures of {source}", len(names)) as advance, accelerator.autocast():
             for start in range(0, len(names), 64):

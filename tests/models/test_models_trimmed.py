@@ -10,6 +10,7 @@ from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from llavakd import pipeline
+from llavakd.config import parse_recipe
 from llavakd.models.fast import trim_tower
 from llavakd.models.student import vision_features
 
@@ -69,3 +70,18 @@ def test_a_stage_trims_both_towers():
     for model, left in ((student, 3), (teacher, 2)):
         passed = [layer(hidden, None) is hidden for layer in layers_of(model)]
         assert passed == [False] * left + [True] * (LAYERS - left)
+
+
+def test_features_for_the_disk_are_made_by_a_trimmed_tower(tiny, tmp_path, monkeypatch):
+    cut, usual = [], pipeline.students.vision_features
+
+    def features(model: LlavaForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:
+        cut.append(["forward" in vars(layer) for layer in layers_of(model)])
+        return usual(model, pixels)
+
+    monkeypatch.setattr(pipeline.students, "vision_features", features)
+    tree = tiny.tree() | {"cache_features": True}
+    tree["stages"] = [tree["stages"][1] | {"epochs": 0.2}]
+    pipeline.run_pipeline(parse_recipe(tree), tmp_path)
+    assert cut
+    assert {tuple(layers) for layers in cut} == {(False, True)}
