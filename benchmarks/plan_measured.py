@@ -2,7 +2,8 @@
 
     python benchmarks/plan_measured.py --out benchmarks/results/plan_measured.json     # on a GPU of 80 GB or more
 
-Every row is 928 tokens: 728 visual ones, 200 of text, half of them answered.
+Every row is 928 tokens: 728 visual ones, 200 of text, half of them answered. The models are stock ones, with both towers on the
+GPU and a mask: the trainer's own take less memory, beside which plan_step.py puts the plan's.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import math
 import threading
 
 import pipeline
+import plan_step
 import power
 import pytest
 import scaling
@@ -154,6 +155,13 @@ def test_the_loader_is_timed_and_padding_counted(tmp_path):
     for line in told["loader"]:
         assert line["rows_per_s"] > 0
         assert line["waiting"] is None or 0 <= line["waiting"] <= 1
+
+
+def test_the_plan_beside_the_measured_steps_is_that_of_the_source_as_it_is():
+    kept = json.loads((plan_step.STEP.parent / "plan_step.json").read_text(encoding="utf-8"))
+    found = plan_step.beside(json.loads(plan_step.STEP.read_text(encoding="utf-8")))
+    assert [{**case, "planned": pytest.approx(case["planned"], rel=0.01)} for case in found["cases"]] == kept["cases"]
+    assert {case["name"] for case in found["cases"]} == set(plan_step.CONTENDERS)
 
 
 @pytest.mark.dist

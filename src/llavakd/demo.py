@@ -15,10 +15,7 @@ gr = optional("gradio", "the demo", "demo")
 
 
 def run_demo(models: Sequence[str], *, host: str, port: int, max_upload: int) -> None:
-    """Serve up to three `models` (see `open_model`) until stopped; a picture's file may have `max_upload` MiB.
-
-    They answer one after another, and one question at a time, so that each one's speed is its own. Raises UserError.
-    """
+    """Serve up to three `models` (see `open_model`), one after another, until stopped; a picture of `max_upload` MiB."""
     if len(models) > 3:
         raise UserError(f"got {len(models)} models, expected at most 3")
     chats = [open_model(model) for model in models]

@@ -35,6 +35,7 @@ from llavakd.train.loop import micro_batch_size, total_steps
 _KNOWN = yaml.safe_load((Path(__file__).parent / "assets" / "plan.yaml").read_text(encoding="utf-8"))
 GPUS = _KNOWN["gpus"]  # name -> (TFLOP/s, GiB)
 _USABLE = 0.92  # of a GPU's memory; the rest goes to the driver, to fragments and to work space
+_COMPILED = {True: 0.40, False: 0.67}  # of what layers keep, if they learn or not; benchmarks/results/plan_step.json
 
 
 class Tokens(NamedTuple):
@@ -71,7 +72,7 @@ def plan_run(
     names = dict.fromkeys(name for stage in recipe.stages for name in stage.sources)
     sources = {name: _tokens(recipe, name, models["student"].tokens_per_image, **given) for name in names}
     guessed = {name: sources[name] for name in names if not Path(recipe.data[name].path).is_file()}
-    assumed = render("plan_assumed.jinja", recipe=recipe, guessed=guessed, one_tower=towers[0] in towers[1:])
+    known = {"guessed": guessed, "compiled": _COMPILED, "one_tower": towers[0] in towers[1:]}
     stages = []
     for stage in recipe.stages:
         teacher = models.get("teacher") if stage.losses.distils else None
@@ -80,9 +81,9 @@ def plan_run(
         means = np.average(columns[1:4], axis=1, weights=weights).tolist()
         tokens = Tokens(sum(weights), *means, *map(max, columns[4:]))
         stages.append(StageCost(recipe, stage, models["student"], teacher, tokens, gpus).plan(gpu, efficiency))
-    answer = {"name": recipe.name, "gpu": gpu, "gpus": gpus, "efficiency": efficiency}
-    sizes = {name: _sizes(model) for name, model in models.items()}
-    return answer | {"parameters": sizes, "stages": stages, "assumptions": assumed.splitlines()}
+    answer: dict[str, Any] = {"name": recipe.name, "gpu": gpu, "gpus": gpus, "efficiency": efficiency}
+    answer |= {"parameters": {name: _sizes(model) for name, model in models.items()}, "stages": stages}
+    return answer | {"assumptions": render("plan_assumed.jinja", recipe=recipe, **known).splitlines()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,11 +179,18 @@ class StageCost:
         kept = functools.partial(self._kept, size, checkpointing)
         decoder, seen = model.config.text_config.num_hidden_layers, model.config.vision_feature_layer
         tower = range(model.config.vision_config.num_hidden_layers + 1)[seen]  # later layers keep nothing
-        activations = kept(1, 1) + (decoder - 1) * (kept(2, 1) - kept(1, 1)) + (tower - 1) * (kept(1, 2) - kept(1, 1))
+        share = _COMPILED["language_model" in train] if self.recipe.compile and not checkpointing else 1
+        activations = kept(1, 1) + (share * decoder - 1) * (kept(2, 1) - kept(1, 1))
+        activations += (tower - 1) * (kept(1, 2) - kept(1, 1))
         layer = self._kept(size, False, 2, 1) - self._kept(size, False, 1, 1) if checkpointing else 0
         taught = self.teacher.model.parameters() if self.teacher else ()
+        weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        towers = [one.parts()["vision_tower"] for one in (self.student, self.teacher) if one]
+        parks = bf16 and teacher_dtype == "bfloat16" and "vision_tower" not in train and len(towers) > 1
+        if parks and _linear_flops(towers[0]) == _linear_flops(towers[1]):
+            weights -= sum(parameter.nbytes for parameter in towers[0].parameters())  # the teacher's runs for both
         standing = {
-            "weights": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+            "weights": weights,
             "teacher": sum(p.numel() * min(p.itemsize, getattr(torch, teacher_dtype).itemsize) for p in taught),
             "optimizer": 2 * gradients + 4 * len(learning),
         }

@@ -35,10 +35,7 @@ def evaluate_model(
     name: str,
     teacher: VisionLanguageModel | None = None,
 ) -> dict[str, Any]:
-    """Answer, score and write FOLDER/NAME/predictions.jsonl and gram.npy; returns the scores of one results row.
-
-    With a teacher the row has `segments`, see `compare_segments`.
-    """
+    """Answer, score, write FOLDER/NAME/predictions.jsonl and gram.npy; returns a results row, of a pair with `segments`."""
     metric, images = METRICS[evaluation.metric], Path(data.images or "").resolve()
     for sample in samples:  # refuses a truth that the metric cannot read before anything is answered
         metric(Answer(sample=sample, prediction=""))

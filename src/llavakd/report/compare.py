@@ -58,10 +58,8 @@ def distilling(row: Row) -> int:
 
 
 def find_control(results: Results, row: Row) -> Row | None:
-    """Return the undistilled row that a row is compared to, of the same seed where there is one.
-
-    Of rows that began with "pt" those without a distilling stage come first, then the longest trained, the strictest.
-    """
+    """Return the undistilled row that a row is compared to, of the same seed where there is one."""
+    # Those without a distilling stage come first, then the longest trained, the strictest.
     found = [other for other in results.rows if other.stages[:1] == ["pt"]]
     name = min(found, key=lambda other: (distilling(other), -(other.raw.get("steps") or 0))).name if found else ""
     return min(results.models.get(name, ()), key=lambda other: other.seed != row.seed, default=None)
