@@ -402,6 +402,21 @@ def test_advice_makes_the_stage_fit_or_says_that_nothing_will(parts, monkeypatch
     assert stage["memory"]["peak"] <= 0.92 * peak * share
 
 
+@pytest.mark.parametrize("sharding", ["none", "zero3"])
+def test_where_one_row_is_too_much_compiling_is_advised_before_making_layers_again(parts, monkeypatch, sharding):
+    """But by ZeRO-3, which refuses it."""
+    recipe = recipe_of(parts, "dft", micro_batch_size=1)
+    peaks = [
+        planned_stage(dataclasses.replace(recipe, **changes))["memory"]["peak"]
+        for changes in ({"compile": True}, {"gradient_checkpointing": True}, {})
+    ]
+    assert max(peaks[:2]) < peaks[2]
+    monkeypatch.setitem(plan_module.GPUS, "toy", (1, max(peaks[:2]) / 0.92 / 2**30 + 1e-9))
+    recipe = dataclasses.replace(recipe, sharding=sharding)
+    advice = plan_run(recipe, gpu="toy", rows=ROWS, text_tokens=TEXT)["stages"][0]["advice"]
+    assert advice == ("gradient_checkpointing=true" if sharding == "zero3" else "compile=true")
+
+
 def test_tokens_are_those_of_the_rendered_rows(tiny, command, tmp_path):
     done = command("plan", tiny.recipe(tmp_path / "r.yaml"), "stages.sft.data=mixed", "--json")
     assert done.code == 0, done.err

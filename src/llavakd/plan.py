@@ -111,7 +111,7 @@ class StageCost:
             folders = [{recipe.data[name].images for name in other.sources} for other in recipe.stages]
             place = recipe.stages.index(stage)
             flops["vision_tower"] *= (folders.index(folders[place]) == place) * tokens.rows / seen
-        now = (size, recipe.gradient_checkpointing, recipe.teacher.dtype if recipe.teacher else "bfloat16")
+        now = (size, recipe.compile, recipe.gradient_checkpointing, getattr(recipe.teacher, "dtype", "bfloat16"))
         trainable = sum(p.numel() for p in self.student.model.parameters() if p.requires_grad)
         accumulation = math.ceil(stage.global_batch_size / (rows * self.gpus))
         hours = sum(flops.values()) / (self.gpus * rate * 1e12 * efficiency) / 3600
@@ -158,8 +158,8 @@ class StageCost:
             flops["relation"] = (squares + pictures * grams) * bool(losses.relation and pictures)
         return flops
 
-    def memory(self, size: int, checkpointing: bool, teacher_dtype: str) -> dict[str, float]:
-        """Bytes on one GPU by part, with a micro-batch of this size (see `_held`), and their `peak`."""
+    def memory(self, size: int, compiled: bool, checkpointing: bool, teacher_dtype: str) -> dict[str, float]:
+        """Bytes on one GPU by part, with a micro-batch (see `_held`), and `peak`; of two equal towers the teacher's is held."""
         model, head, tokens, train = self.student.model, self.student.head, self.tokens, self.stage.learns
         vocabulary = min(len(model.head) for model in (self.student, self.teacher) if model)
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -179,16 +179,15 @@ class StageCost:
         kept = functools.partial(self._kept, size, checkpointing)
         decoder, seen = model.config.text_config.num_hidden_layers, model.config.vision_feature_layer
         tower = range(model.config.vision_config.num_hidden_layers + 1)[seen]  # later layers keep nothing
-        share = _COMPILED["language_model" in train] if self.recipe.compile and not checkpointing else 1
+        share = _COMPILED["language_model" in train] if compiled and not checkpointing else 1
         activations = kept(1, 1) + (share * decoder - 1) * (kept(2, 1) - kept(1, 1))
         activations += (tower - 1) * (kept(1, 2) - kept(1, 1))
         layer = self._kept(size, False, 2, 1) - self._kept(size, False, 1, 1) if checkpointing else 0
         taught = self.teacher.model.parameters() if self.teacher else ()
         weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-        towers = [one.parts()["vision_tower"] for one in (self.student, self.teacher) if one]
-        parks = bf16 and teacher_dtype == "bfloat16" and "vision_tower" not in train and len(towers) > 1
-        if parks and _linear_flops(towers[0]) == _linear_flops(towers[1]):
-            weights -= sum(parameter.nbytes for parameter in towers[0].parameters())  # the teacher's runs for both
+        towers = [_linear_flops(one.parts()["vision_tower"]) for one in (self.student, self.teacher) if one]
+        if towers[1:] == towers[:1] and bf16 and teacher_dtype == "bfloat16" and "vision_tower" not in train:
+            weights -= sum(each.nbytes for each in self.student.parts()["vision_tower"].parameters())
         standing = {
             "weights": weights,
             "teacher": sum(p.numel() * min(p.itemsize, getattr(torch, teacher_dtype).itemsize) for p in taught),
@@ -202,15 +201,16 @@ class StageCost:
         parts = {"gradients": gradients, "activations": activations, "recomputed layer": layer, "loss": loss}
         return standing | parts | {"peak": sum(standing.values()) + moving}
 
-    def _advice(self, now: tuple[int, bool, str], usable: float) -> str:
+    def _advice(self, now: tuple[int, bool, bool, str], usable: float) -> str:
         """The settings with which the stage fits, written as overrides; empty where it fits as it is."""
         kind, smaller = "micro_batch_size", [rows for rows in range(now[0], 0, -1) if now[0] % rows == 0]
         if self.stage.max_tokens_per_batch:
             least = max(self.recipe.data[name].max_length for name in self.stage.sources)
             kind, smaller = "max_tokens_per_batch", [now[0] // packs for packs in range(1, max(2, now[0] // least + 1))]
-        for new in itertools.product(dict.fromkeys([now[2], "bfloat16"]), dict.fromkeys([now[1], True]), smaller):
+        other: Any = [now[3], "bfloat16"], [now[2], True], [now[1], self.recipe.sharding != "zero3"]  # refused
+        for new in itertools.product(*other, smaller):
             if self.memory(*new[::-1])["peak"] <= usable:
-                keys = (f"stages.{self.stage.name}.{kind}", "gradient_checkpointing", "teacher.dtype")
+                keys = (f"stages.{self.stage.name}.{kind}", "compile", "gradient_checkpointing", "teacher.dtype")
                 pairs = zip(keys, new[::-1], now, strict=True)
                 return " ".join(f"{key}={value}".lower() for key, value, old in pairs if value != old)
         return "a GPU with more memory: no setting of the recipe is enough"
