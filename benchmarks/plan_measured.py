@@ -50,12 +50,12 @@ PRODUCTS = dict.fromkeys(
 )
 
 
-def one_stage(folder: Path, name: str, stage: str, rows: int, checkpointing: bool) -> Recipe:
-    """The recipe, its stage as one micro-batch of `rows`."""
+def one_stage(folder: Path, name: str, stage: str, rows: int, checkpointing: bool, *more: str) -> Recipe:
+    """The recipe, its stage as one micro-batch of `rows`; `more` are overrides, which come last."""
     changes = [f"stages.{stage}.global_batch_size={rows}", f"stages.{stage}.micro_batch_size={rows}"]
     changes += [f"data.{source}.max_length={VISUAL + TEXT}" for source in ("pretrain", "instruct")]
     changes.append(f"gradient_checkpointing={str(checkpointing).lower()}")
-    return load_recipe(RECIPES / f"{name}.yaml", [*local(folder, name), *changes])
+    return load_recipe(RECIPES / f"{name}.yaml", [*local(folder, name), *changes, *more])
 
 
 def whole(config: Any, dtype: torch.dtype, device: str = "cuda") -> VisionLanguageModel:

@@ -1,6 +1,9 @@
 """The memory that `llava-kd plan` plans for the steps of step.json, which are the trainer's own, beside what they took.
 
-python benchmarks/plan_step.py --out benchmarks/results/plan_step.json     # anywhere, half a minute
+    python benchmarks/plan_step.py --out benchmarks/results/plan_step.json     # anywhere, half a minute
+    python benchmarks/step.py --out benchmarks/results/step.json --profile     # what it is put beside, on a GPU
+
+`kept`: of what layers keep where they are not compiled, as the plan has it, the share that they must have kept where they are.
 """
 
 from __future__ import annotations
@@ -11,11 +14,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from plan_llava_kd import RECIPES, local, write_configs
+from plan_llava_kd import write_configs
+from plan_measured import one_stage
 from step_contenders import RECIPE
 
-from llavakd.config import load_recipe
-from llavakd.plan import plan_run
+from llavakd.plan import _COMPILED, plan_run
 
 STEP = Path(__file__).parent / "results" / "step.json"
 CONTENDERS = {  # of step.json -> compile, gradient_checkpointing, and whether AdamW's moments were there
@@ -27,30 +30,31 @@ CONTENDERS = {  # of step.json -> compile, gradient_checkpointing, and whether A
 }
 
 
-def planned(folder: Path, line: dict[str, Any], size: dict[str, Any]) -> float:
-    """GiB at the peak of this line's step."""
-    stage, rows, (compiled, checkpointing, optimizer) = line["stage"], line["rows"], CONTENDERS[line["name"]]
-    length = size["visual"] + size["text"]
-    changes = [f"stages.{stage}.global_batch_size={rows}", f"stages.{stage}.micro_batch_size={rows}"]
-    changes += [f"data.{source}.max_length={length}" for source in ("pretrain", "instruct")]
-    changes += ["student.vision_feature_select_strategy=full", f"compile={compiled}".lower()]
-    changes.append(f"gradient_checkpointing={checkpointing}".lower())
-    recipe = load_recipe(RECIPES / f"{RECIPE}.yaml", [*local(folder, RECIPE), *changes])
+def planned(folder: Path, line: dict[str, Any], size: dict[str, Any], compiled: bool) -> float:
+    """GiB at the peak of this line's step, compiled or not."""
+    _, checkpointing, optimizer = CONTENDERS[line["name"]]
+    more = ["student.vision_feature_select_strategy=full", f"compile={compiled}".lower()]
+    more += [f"data.{source}.max_length={size['visual'] + size['text']}" for source in ("pretrain", "instruct")]
+    recipe = one_stage(folder, RECIPE, line["stage"], line["rows"], checkpointing, *more)
     plan = plan_run(recipe, rows=1024, text_tokens=size["text"])
-    memory = next(one for one in plan["stages"] if one["name"] == stage)["memory"]
+    memory = next(one for one in plan["stages"] if one["name"] == line["stage"])["memory"]
     return (memory["peak"] - (0 if optimizer else memory["optimizer"])) / 2**30
 
 
 def beside(told: dict[str, Any]) -> dict[str, Any]:
     """Planned and measured GiB of each contender of step.json that the trainer could be."""
-    lines = [line for line in told["steps"] if line["name"] in CONTENDERS and "gib" in line]
+    cases = []
     with tempfile.TemporaryDirectory() as folder:
         write_configs(Path(folder))
-        cases = [
-            {"stage": line["stage"], "rows": line["rows"], "name": line["name"]}
-            | {"planned": planned(Path(folder), line, told["size"]), "measured": line["gib"]}
-            for line in lines
-        ]
+        for line in (line for line in told["steps"] if line["name"] in CONTENDERS and "gib" in line):
+            compiled, checkpointing, _ = CONTENDERS[line["name"]]
+            case = {"stage": line["stage"], "rows": line["rows"], "name": line["name"]}
+            case |= {"planned": planned(Path(folder), line, told["size"], compiled), "measured": line["gib"]}
+            if compiled and not checkpointing:
+                usual = planned(Path(folder), line, told["size"], False)
+                layers = (usual - case["planned"]) / (1 - _COMPILED[line["stage"] != "dpt"])
+                case["kept"] = round(1 - (usual - line["gib"]) / layers, 3)
+            cases.append(case)
     return {"environment": told["environment"], "cases": cases}
 
 

@@ -224,14 +224,16 @@ def plan_step() -> str:
     told = read("plan_step")
     rows = [
         (
-            f"{case['stage']}, {case['rows']} rows, {case['name'].removeprefix('ours, ')}".replace(", ours", ""),
+            f"{case['stage']}, {case['rows']} rows{case['name'].removeprefix('ours')}",
             f"{case['planned']:.1f}",
             f"{case['measured']:.1f}",
             f"{case['planned'] / case['measured'] - 1:+.0%}",
+            f"{case['kept']:.2f}" if "kept" in case else "",
         )
         for case in told["cases"]
     ]
-    return measured(told["environment"]) + table(["", "peak GiB, planned", "measured", ""], rows)
+    header = ["", "peak GiB, planned", "measured", "", "layers keep, of what they do uncompiled"]
+    return measured(told["environment"]) + table(header, rows)
 
 
 def plan_measured() -> str:

@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 
 from llavakd.data.chat import Segment
 from llavakd.models.quantized import QuantizedLinear
+from llavakd.plan import _COMPILED
 
 PARTS = ("ce", "response_kl", "visual_kl", "relation")
 
@@ -160,8 +161,12 @@ def test_the_loader_is_timed_and_padding_counted(tmp_path):
 def test_the_plan_beside_the_measured_steps_is_that_of_the_source_as_it_is():
     kept = json.loads((plan_step.STEP.parent / "plan_step.json").read_text(encoding="utf-8"))
     found = plan_step.beside(json.loads(plan_step.STEP.read_text(encoding="utf-8")))
-    assert [{**case, "planned": pytest.approx(case["planned"], rel=0.01)} for case in found["cases"]] == kept["cases"]
     assert {case["name"] for case in found["cases"]} == set(plan_step.CONTENDERS)
+    for case in found["cases"]:
+        case |= {key: pytest.approx(case[key], rel=0.01) for key in ("planned", "kept") if key in case}
+    assert found["cases"] == kept["cases"]
+    shares = {(case["stage"], round(case["kept"], 1)) for case in kept["cases"] if "kept" in case}
+    assert shares == {(stage, round(_COMPILED[stage != "dpt"], 1)) for stage in ("dpt", "sft", "dft")}
 
 
 @pytest.mark.dist

@@ -68,11 +68,10 @@ def plan_run(
         models["teacher"] = outline(load(AutoConfig, recipe.teacher.path, key="teacher.path"))
         if recipe.teacher.quantize != "none":
             quantize(models["teacher"], recipe.teacher.quantize)
-    towers = [_forward_flops(model, model.tokens_per_image, 0, 0)[0] for model in models.values()]
     names = dict.fromkeys(name for stage in recipe.stages for name in stage.sources)
     sources = {name: _tokens(recipe, name, models["student"].tokens_per_image, **given) for name in names}
     guessed = {name: sources[name] for name in names if not Path(recipe.data[name].path).is_file()}
-    known = {"guessed": guessed, "compiled": _COMPILED, "one_tower": towers[0] in towers[1:]}
+    known = {"guessed": guessed, "compiled": _COMPILED, "one_tower": _one_tower(*models.values())}
     stages = []
     for stage in recipe.stages:
         teacher = models.get("teacher") if stage.losses.distils else None
@@ -151,7 +150,7 @@ class StageCost:
         }
         if self.teacher:
             dt, (theirs, *others) = self.teacher.head.shape[1], _forward_flops(self.teacher, *row)
-            flops["teacher"] = sum(others) + theirs * (tower_learns or theirs != tower)
+            flops["teacher"] = sum(others) + theirs * (tower_learns or not _one_tower(self.student, self.teacher))
             flops["heads"] += 2 * live * vocabulary * dt
             squares = 4 * vocabulary * ds * ds * text_learns / rows  # a frozen head's is made once
             grams = 2 * count * (ds * ds * (2 + text_learns) + dt * dt) + 2 * count**2 * (3 * ds + dt)
@@ -184,12 +183,10 @@ class StageCost:
         activations += (tower - 1) * (kept(1, 2) - kept(1, 1))
         layer = self._kept(size, False, 2, 1) - self._kept(size, False, 1, 1) if checkpointing else 0
         taught = self.teacher.model.parameters() if self.teacher else ()
-        weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-        towers = [_linear_flops(one.parts()["vision_tower"]) for one in (self.student, self.teacher) if one]
-        if towers[1:] == towers[:1] and bf16 and teacher_dtype == "bfloat16" and "vision_tower" not in train:
-            weights -= sum(each.nbytes for each in self.student.parts()["vision_tower"].parameters())
+        sole = bf16 and teacher_dtype == "bfloat16" and _one_tower(self.student, self.teacher)  # see park_tower
+        parked = {*self.student.parts()["vision_tower"].parameters()} if sole and "vision_tower" not in train else set()
         standing = {
-            "weights": weights,
+            "weights": sum(one.nbytes for one in (*model.parameters(), *model.buffers()) if one not in parked),
             "teacher": sum(p.numel() * min(p.itemsize, getattr(torch, teacher_dtype).itemsize) for p in taught),
             "optimizer": 2 * gradients + 4 * len(learning),
         }
@@ -208,7 +205,7 @@ class StageCost:
             least = max(self.recipe.data[name].max_length for name in self.stage.sources)
             kind, smaller = "max_tokens_per_batch", [now[0] // packs for packs in range(1, max(2, now[0] // least + 1))]
         other: Any = [now[3], "bfloat16"], [now[2], True], [now[1], self.recipe.sharding != "zero3"]  # refused
-        for new in itertools.product(*other, smaller):
+        for new in itertools.product(*map(dict.fromkeys, other), smaller):
             if self.memory(*new[::-1])["peak"] <= usable:
                 keys = (f"stages.{self.stage.name}.{kind}", "compile", "gradient_checkpointing", "teacher.dtype")
                 pairs = zip(keys, new[::-1], now, strict=True)
@@ -277,6 +274,12 @@ def _tokens(recipe: Recipe, name: str, picture: int, rows: int | None = None, te
         raise UserError(f"data.{name}.path: there is no file {data.path!r}; give --rows N to plan without it")
     response = text if data.template == "pretrain" else text / 2
     return Tokens(rows, picture, text, response, min(data.max_length, picture + 8 * text))
+
+
+def _one_tower(*models: VisionLanguageModel | None) -> bool:
+    """Whether there are two models, whose towers are of equal size and so taken to be equal."""
+    towers = [_forward_flops(model, model.tokens_per_image, 0, 0)[0] for model in models if model]
+    return towers[1:] == towers[:1]
 
 
 def _linear_flops(module: nn.Module) -> int:

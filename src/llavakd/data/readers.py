@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader
 
 from llavakd.errors import UserError
 
+LOST = re.compile(r"gloo|DataLoader worker \(pid")  # gloo and torch's loader raise nothing narrower than RuntimeError
+
 
 @contextmanager
 def lost_process(kinds: tuple[type[Exception], ...] = (RuntimeError,)) -> Iterator[None]:
@@ -19,9 +21,9 @@ def lost_process(kinds: tuple[type[Exception], ...] = (RuntimeError,)) -> Iterat
     try:
         yield
     except kinds as error:
-        lost = isinstance(error, DistError) or re.search(r"gloo|DataLoader worker \(pid", str(error))
+        lost = isinstance(error, DistError) or LOST.search(str(error))
         raised = re.match("Caught .* in DataLoader worker", str(error))  # there, by one that is alive
-        if raised or (isinstance(error, RuntimeError) and not lost):  # gloo and torch's loader raise nothing narrower
+        if raised or (isinstance(error, RuntimeError) and not lost):
             raise
         told = "a process of this run was lost: " + (re.split(r"\. |\n", str(error))[0] or "one that reads rows")
         raise UserError(f"{told}; the same command goes on from what is saved") from error

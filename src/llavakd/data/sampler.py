@@ -38,14 +38,12 @@ def _longest_first(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def micro_batches(
     lengths: np.ndarray, *, micro_batch_size: int, rank: int, world_size: int, start: int, steps: int, **order: Any
 ) -> Iterator[list[int]]:
-    """Row indices of a rank's micro-batches from step `start` to the last, across epochs; `order` as of `plan_epoch`.
-
-    Rows are dealt to the ranks to and fro, so that at any time and over a step all work on like lengths.
-    """
+    """Row indices of a rank's micro-batches from step `start` to the last, across epochs; `order` as of `plan_epoch`."""
     for step in range(start, steps):
         epoch, number = divmod(step, len(lengths) // order["global_batch_size"])
         if number == 0 or step == start:
             batches = plan_epoch(lengths, **order, epoch=epoch)
+        # Dealt to the ranks to and fro, so that at any time and over a step all work on like lengths.
         turns = batches[number].reshape(-1, world_size)
         turns[1::2] = turns[1::2, ::-1]
         yield from turns[:, rank].reshape(-1, micro_batch_size).tolist()

@@ -60,10 +60,7 @@ def trim_tower(model: LlavaForConditionalGeneration) -> None:
 
 
 def compile_layers(student: nn.Module, *others: nn.Module, **options: Any) -> None:
-    """Compile each layer of all towers and language models, with torch.compile's options; equal layers share the result.
-
-    Layers of a language model that learns keep _KEPT of their activations and make the rest again, the cheapest first.
-    """
+    """Compile each layer of all towers and language models, with torch.compile's options; equal layers share the result."""
     from torch._inductor import choices, config, virtualized  # takes a second: only where something is compiled
 
     handler: Any = choices.InductorChoices()
@@ -78,6 +75,7 @@ def compile_layers(student: nn.Module, *others: nn.Module, **options: Any) -> No
     config.comprehensive_padding = False  # a tower's 4,304 columns would become 4,352, and its bias leave the product
     torch._dynamo.config.skip_fsdp_guards = False  # or a sharded layer's sizes are variables, and kernels slow (2.11)
     torch.compiler.reset()  # what an earlier stage compiled counts against a limit
+    # Those of a language model that learns make the activations that they do not keep again, the cheapest first.
     learns = any(weight.requires_grad for weight in student.get_submodule("model.language_model").parameters())
     torch._functorch.config.activation_memory_budget = _KEPT if learns else 1.0
     modules = (one for model in (student, *others) for one in model.modules())

@@ -41,10 +41,8 @@ def _log_sum(side, sharpness, VOCAB: constexpr, BLOCK: constexpr):
 
 @triton.jit
 def _terms(lq, lp, mix, KIND: constexpr):
-    """(d_v, w_v) of D = sum_v d_v, whose gradient to the softened logits is w_v - Q_v sum_u w_u.
-
-    So w_v = Q_v dD/dQ_v, and a constant added to dD/dQ drops out; `mix` is (beta, log beta, log (1 - beta)).
-    """
+    """(d_v, w_v) of D = sum_v d_v, whose gradient to the softened logits is w_v - Q_v sum_u w_u."""
+    # So w_v = Q_v dD/dQ_v, and a constant added to dD/dQ drops out; `mix` is (beta, log beta, log (1 - beta)).
     beta, log_beta, log_rest = mix
     q, p = tl.exp(lq), tl.exp(lp)
     if KIND == "forward_kl":

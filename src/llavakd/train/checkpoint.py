@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Optimizer
 
+from llavakd.data.readers import LOST
 from llavakd.errors import UserError
 from llavakd.progress import say
 from llavakd.train.placement import joined, like
@@ -37,7 +38,7 @@ def write_folder(folder: Path, fill: Callable[[Path], Any], *, flush: bool = Tru
         partial.rename(folder)
         _flush(folder.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors say so that a disk is full
-        if "DataLoader worker (pid" in str(error):  # which torch raises wherever it is told of one that died
+        if LOST.search(str(error)):  # of a reader torch raises it wherever this process is
             raise
         raise UserError(f"cannot write {folder}: {error}; make room, or give another place, and begin again") from error
     finally:
