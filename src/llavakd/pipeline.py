@@ -258,8 +258,7 @@ def _dataset(run: Run, state: TrainState) -> RowDataset:
         with run.accelerator.main_process_first():
             store = _feature_store(run, name, state) if name in pictured else None
         samples, data = run.samples[name], recipe.data[name]
-        renderer = student.renderer(data)
-        sources.append(Source(samples=samples, renderer=renderer, data=data, store=store, weight=weight))
+        sources.append(Source(samples=samples, renderer=student.renderer(data), data=data, store=store, weight=weight))
     own = state.teacher.image_processor if state.teacher and pair and not pair.shared_pixels else None
     return RowDataset(sources, image_processor=student.image_processor, teacher_processor=own, seed=recipe.seed)
 

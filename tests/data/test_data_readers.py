@@ -6,9 +6,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import synchronize
 
 import pytest
-from torch.utils.data import Dataset, dataloader
+from torch.utils.data import Dataset
 
 from llavakd.data.readers import reading
 from llavakd.errors import UserError
@@ -35,7 +36,8 @@ def in_a_process_of_its_own(function: Callable[[], None]) -> None:
     """With one thread, so that a signal which is held back reaches no other."""
     process = multiprocessing.get_context("fork").Process(target=function)
     process.start()
-    process.join()
+    process.join(timeout=60)
+    process.kill()
     assert process.exitcode == 0
 
 
@@ -97,21 +99,44 @@ def test_one_whose_loss_shows_as_a_broken_pipe_is_not_heard_of_again(error):
 
 def test_one_that_dies_once_all_rows_have_come_is_not_missed():
     """Also where that is heard of only while they are being ended."""
-    kind = dataloader._MultiProcessingDataLoaderIter
-    usual = kind._shutdown_workers
-
-    def hearing(batches: object) -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
-        usual(batches)
 
     def lose() -> None:
         unraisable: list[object] = []
-        sys.unraisablehook, kind._shutdown_workers = unraisable.append, hearing
+        sys.unraisablehook = unraisable.append
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
         with reading(Rows(), num_workers=2, batch_size=4, collate_fn=list) as batches:
+            usual = batches._shutdown_workers
+
+            def hearing() -> None:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+                usual()
+
+            batches._shutdown_workers = hearing
             assert [next(batches), next(batches)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
             kill_readers()
         assert multiprocessing.active_children() == []
         assert unraisable == []
 
+    in_a_process_of_its_own(lose)
+
+
+def test_one_that_dies_holding_the_lock_by_which_torch_would_end_the_others_leaves_none_waiting(monkeypatch):
+    def holding(event: synchronize.Event) -> None:
+        with event._cond:
+            time.sleep(60)
+
+    def lose() -> None:
+        with (  # noqa: PT012
+            pytest.raises(UserError, match="a process of this run was lost"),
+            reading(Rows(), num_workers=1) as batches,
+        ):
+            lock = batches._workers_done_event._cond
+            while lock.acquire(block=False):
+                lock.release()
+                time.sleep(0.01)
+            kill_readers()
+            list(batches)
+        assert multiprocessing.active_children() == []
+
+    monkeypatch.setattr(synchronize.Event, "is_set", holding)
     in_a_process_of_its_own(lose)

@@ -2,13 +2,14 @@
 
 import re
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 from torch.distributed import DistError
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from llavakd.errors import UserError
 
@@ -36,12 +37,14 @@ def reading(dataset: Any, **options: Any) -> Iterator[Iterator[Any]]:
         batches: Any = iter(DataLoader(dataset, worker_init_fn=_ignore_interrupt, **options))
         try:
             yield batches
-        finally:  # unheard: of one that dies torch raises from a signal, wherever this process is by then
-            main = threading.current_thread() is threading.main_thread()
-            heard = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main else None
-            getattr(batches, "_shutdown_workers", lambda: None)()  # none where this process reads itself
-            if heard is not None:
-                signal.signal(signal.SIGCHLD, heard)
+        finally:
+            if getattr(batches, "_worker_pids_set", False):  # else this process reads itself, or torch has ended them
+                # torch raises of a death from a signal, wherever this process is, and asks readers to end by an event
+                # whose lock one that was killed may hold; these are killed, after the thread that pins what they read.
+                signal_handling._remove_worker_pids(id(batches))
+                kill = SimpleNamespace(set=lambda: [reader.kill() for reader in batches._workers], is_set=lambda: True)
+                batches._worker_pids_set, batches._workers_done_event = False, kill
+                batches._shutdown_workers()
 
 
 def _ignore_interrupt(worker: int) -> None:

@@ -121,8 +121,7 @@ class Sweep(NamedTuple):
         used = [sent(rows, device) for rows in (hidden, ce_weight, kl_weight, *self.given)]
         if count < len(labels):  # else there is no need of copies
             used = [rows.index_select(0, live) for rows in used]
-        run = self._replace(given=used[3:]).run
-        ce, kl, *rows = _ScoreRows.apply(used[0], head, *used[1:3], run)
+        ce, kl, *rows = _ScoreRows.apply(used[0], head, *used[1:3], self._replace(given=used[3:]).run)
         return RowLosses(ce, kl, *(each.new_zeros(len(labels)).index_copy_(0, live, each) for each in rows))
 
     def run(

@@ -159,7 +159,6 @@ def _stop_signals() -> Iterator[threading.Event]:
             stop.set()
             say("stopping after this step; once more to stop at once")
 
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                usual.callback(signal.signal, number, signal.signal(number, note))
+        for number in (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ():
+            usual.callback(signal.signal, number, signal.signal(number, note))
         yield stop
