@@ -39,9 +39,8 @@ def reading(dataset: Any, **options: Any) -> Iterator[Iterator[Any]]:
             yield batches
         finally:
             if getattr(batches, "_worker_pids_set", False):  # else this process reads itself, or torch has ended them
-                # torch raises of a death from a signal, wherever this process is, and asks readers to end by an event
-                # whose lock one that was killed may hold; these are killed, after the thread that pins what they read.
-                signal_handling._remove_worker_pids(id(batches))
+                signal_handling._remove_worker_pids(id(batches))  # or of a death torch raises wherever this process is
+                # And killed, where torch would set an event: one that was killed may hold its lock, and for ever.
                 kill = SimpleNamespace(set=lambda: [reader.kill() for reader in batches._workers], is_set=lambda: True)
                 batches._worker_pids_set, batches._workers_done_event = False, kill
                 batches._shutdown_workers()

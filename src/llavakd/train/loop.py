@@ -159,6 +159,7 @@ def _stop_signals() -> Iterator[threading.Event]:
             stop.set()
             say("stopping after this step; once more to stop at once")
 
-        for number in (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ():
-            usual.callback(signal.signal, number, signal.signal(number, note))
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                usual.callback(signal.signal, number, signal.signal(number, note))
         yield stop
